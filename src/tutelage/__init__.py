@@ -1,0 +1,40 @@
+"""Ultra-low-bit quantization-aware training of Transformers with Teacher Intervention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import _plugin
+from . import errors as errors
+from . import intervention as intervention
+from . import quantizers as quantizers
+from ._prepare import Summary as Summary
+from ._prepare import prepare as prepare
+from ._prepare import summary as summary
+from .distill import Distiller as Distiller
+from .distill import StepOutput as StepOutput
+from .distill import TrainStep as TrainStep
+from .distill import losses as losses
+from .errors import TutelageError as TutelageError
+from .intervention import Schedule as Schedule
+from .scheme import Scheme as Scheme
+
+if TYPE_CHECKING:
+    from .export import load as load
+    from .export import save as save
+    from .train import QATArguments as QATArguments
+    from .train import QATTrainer as QATTrainer
+
+__version__ = "0.1.0"
+
+_LAZY = {"load": "export", "save": "export", "QATArguments": "train", "QATTrainer": "train"}
+
+_plugin.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

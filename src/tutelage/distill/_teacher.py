@@ -1,0 +1,102 @@
+"""Where the teacher's signals come from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import IncompatibleTeacherError, UnsupportedModelError
+from ..nn import use_attention
+from ..sites import Signals, Site, SiteMap, Tap, discover
+
+__all__ = ["LiveTeacher", "TeacherSource", "output_logits"]
+
+
+@runtime_checkable
+class TeacherSource(Protocol):
+    """Gives the teacher's logits and signals for a batch."""
+
+    @property
+    def sites(self) -> SiteMap:
+        """The teacher's sites."""
+        ...
+
+    def get(
+        self, batch: Mapping[str, Any], keys: Tensor | None, want: Collection[Site]
+    ) -> tuple[Tensor, Signals]:
+        """Returns logits and the signals at ``want``.
+
+        Args:
+            batch: Model inputs.
+            keys: Sample ids where the batch carries them.
+            want: Sites that the losses and the stage of this step need.
+        """
+        ...
+
+
+def output_logits(output: Any) -> Tensor:
+    """Returns the logits of a model output, or its last hidden state where there are none.
+
+    Args:
+        output: What a transformers model returned.
+
+    Raises:
+        UnsupportedModelError: It has neither.
+    """
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    raise UnsupportedModelError(
+        f"the model returned {type(output).__name__}, which has neither logits nor "
+        "last_hidden_state; wrap the model so that it returns one of them."
+    )
+
+
+class LiveTeacher:
+    """Runs the full-precision model on every batch, in eval mode and without gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Freezes the model and finds its sites.
+
+        Args:
+            model: A full-precision transformers model; set to eval mode, gradients switched off.
+
+        Raises:
+            IncompatibleTeacherError: The model is quantized.
+        """
+        from .._prepare import prepared
+
+        if prepared(model) is not None:
+            raise IncompatibleTeacherError(
+                "the teacher is a prepared student; pass the full-precision model."
+            )
+        self.model = model.eval().requires_grad_(False)
+        self._sites = discover(model)
+
+    @property
+    def sites(self) -> SiteMap:
+        """The teacher's sites."""
+        return self._sites
+
+    def get(
+        self, batch: Mapping[str, Any], keys: Tensor | None, want: Collection[Site]
+    ) -> tuple[Tensor, Signals]:
+        """Runs the teacher once and returns logits and signals.
+
+        Args:
+            batch: Model inputs.
+            keys: Not used.
+            want: Sites to record.
+        """
+        self.model.eval()
+        with (
+            torch.no_grad(),
+            use_attention(self.model),
+            Tap(self.model, self._sites, want) as tap,
+        ):
+            output = self.model(**batch)
+        return output_logits(output), tap.signals()

@@ -1,0 +1,176 @@
+"""Sets of loss terms: ``default()``, ``reference()``, or your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..errors import RecipeError, nearest
+from ..intervention import intervention
+from ._terms import (
+    AttentionMapKL,
+    AttentionScores,
+    LabelCrossEntropy,
+    Logits,
+    LossTerm,
+    SignalMSE,
+)
+
+__all__ = ["Local", "Losses", "WeightedTerm", "default", "reference", "register", "term"]
+
+Local = Literal["paper", "code"]
+"""Local distillation of a replaced signal.
+
+``"paper"``: as Figure 3 of the paper draws it, the student's own signal is compared with the
+teacher's, so that every bypassed projection trains. ``"code"``: the released code, where only the
+listed terms act and W_V and W_O rest while the attention output is replaced.
+"""
+
+_TERMS: dict[str, Callable[[], LossTerm]] = {
+    "logits": Logits,
+    "hidden_states": lambda: SignalMSE("hidden_states", "block_output", embeddings=True),
+    "attention_output": lambda: SignalMSE("attention_output", "ffn_input"),
+    "attention_scores": AttentionScores,
+    "attention_map": AttentionMapKL,
+    "attention_output_local": lambda: SignalMSE("attention_output_local", "attention_output"),
+    "context_local": lambda: SignalMSE("context_local", "context"),
+    "labels": LabelCrossEntropy,
+}
+
+
+def register(name: str, make: Callable[[], LossTerm]) -> None:
+    """Adds a loss term under a name.
+
+    Args:
+        name: Its name, also its key in ``step.terms``.
+        make: Makes the term with its default settings.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if name in _TERMS:
+        raise ValueError(f"the loss term {name!r} exists already; choose another name.")
+    _TERMS[name] = make
+
+
+def term(name: str) -> LossTerm:
+    """Makes a loss term by its name.
+
+    Args:
+        name: One of the registered names.
+
+    Raises:
+        RecipeError: There is no such term.
+    """
+    if name not in _TERMS:
+        known = ", ".join(repr(key) for key in _TERMS)
+        raise RecipeError(
+            f"there is no loss term {name!r}; use one of {known}.{nearest(name, _TERMS)}"
+        )
+    return _TERMS[name]()
+
+
+@dataclass(frozen=True)
+class WeightedTerm:
+    """A loss term and its weight in the sum.
+
+    Attributes:
+        term: The term.
+        weight: Its weight.
+    """
+
+    term: LossTerm
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of a step.
+
+    Attributes:
+        terms: Active at every step.
+        local: What happens to a replaced signal, see ``Local``.
+    """
+
+    terms: tuple[WeightedTerm, ...]
+    local: Local = "paper"
+
+    def __post_init__(self) -> None:
+        """Checks names and settings."""
+        names = [weighted.term.name for weighted in self.terms]
+        if not names:
+            raise RecipeError("a set of losses needs at least one term, such as 'logits'.")
+        for name in names:
+            if names.count(name) > 1:
+                raise RecipeError(f"the loss term {name!r} is listed twice; list it once.")
+        if self.local not in ("paper", "code"):
+            raise RecipeError(f"local is {self.local!r}; use 'paper' or 'code'.")
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float], *, local: Local = "paper") -> Losses:
+        """Makes a set from names and weights.
+
+        Args:
+            weights: Weight of every term, by name.
+            local: See ``Local``.
+        """
+        return cls(tuple(WeightedTerm(term(n), w) for n, w in weights.items()), local)
+
+    def with_local(self, local: Local) -> Losses:
+        """Returns the same terms with another local distillation."""
+        return replace(self, local=local)
+
+    def at(self, stage: str) -> tuple[WeightedTerm, ...]:
+        """Returns the terms of a stage, completed where projections would get no gradient.
+
+        Args:
+            stage: Name of a stage.
+
+        Raises:
+            RecipeError: ``local="code"`` leaves the whole attention without gradient.
+        """
+        active = intervention(stage)
+        if active is None:
+            return self.terms
+        names = {weighted.term.name for weighted in self.terms}
+        if self.local == "code":
+            if not names & {"attention_scores", "attention_map", active.local}:
+                raise RecipeError(
+                    f"in stage {stage!r} no loss term reaches the query and key projections; add "
+                    "'attention_scores', or use local='paper'."
+                )
+            return self.terms
+        # Scores train Q and K alone where the map is replaced; the other local signals lie
+        # downstream of them and reach all projections above.
+        missing = active.local not in names
+        if active.local == "attention_scores" and "attention_map" in names:
+            missing = False
+        return (*self.terms, WeightedTerm(term(active.local))) if missing else self.terms
+
+
+def default(*, local: Local = "paper") -> Losses:
+    """Logits, hidden states, attention output and attention scores over real tokens, weight 1.
+
+    Args:
+        local: See ``Local``.
+    """
+    names = ("logits", "hidden_states", "attention_output", "attention_scores")
+    return Losses.of(dict.fromkeys(names, 1.0), local=local)
+
+
+def reference(*, local: Local = "code") -> Losses:
+    """The same four terms exactly as published: over all positions, padding included.
+
+    Args:
+        local: See ``Local``.
+    """
+    hidden = SignalMSE("hidden_states", "block_output", masked=False, embeddings=True)
+    output = SignalMSE("attention_output", "ffn_input", masked=False)
+    terms: tuple[LossTerm, ...] = (
+        Logits(entropy=True),
+        hidden,
+        output,
+        AttentionScores(masked=False),
+    )
+    return Losses(tuple(WeightedTerm(t) for t in terms), local)

@@ -1,0 +1,182 @@
+"""Saving a student as a small model, and loading it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from .._prepare import Prepared, prepared
+from ..errors import ArtefactError, UnsupportedModelError
+from ._card import model_card
+from ._files import staged_directory, staged_files, write_text
+from ._huggingface import QUANT_METHOD, verify_files
+
+__all__ = ["load", "save", "weight_bytes", "write_artefact"]
+
+
+def save(
+    student: nn.Module,
+    path: str | Path,
+    *,
+    processor: Any = None,
+    metrics: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a student as packed safetensors with its configuration, tokenizer and model card.
+
+    The folder appears whole or not at all. It loads with ``tutelage.load`` and, once tutelage is
+    imported, with ``from_pretrained`` and ``pipeline``.
+
+    Args:
+        student: A model made by ``tutelage.prepare``.
+        path: Folder to write.
+        processor: Tokenizer or image processor to store; by default the one beside the weights
+            that the model was loaded from, where they are a local folder.
+        metrics: Figures for the model card, by name.
+        overwrite: Replace a folder that is not empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UnsupportedModelError: The model was not prepared.
+        OutputExistsError: The folder is not empty.
+        ArtefactError: Writing failed; nothing is left behind.
+    """
+    path = Path(path)
+    _require_prepared(student)
+    with staged_directory(path, overwrite=overwrite) as stage:
+        _write(student, stage, processor, metrics or {})
+    return path
+
+
+def write_artefact(
+    student: nn.Module, folder: Path, *, processor: Any, metrics: Mapping[str, Any]
+) -> None:
+    """Writes the same files as ``save`` into a folder that may hold others.
+
+    Args:
+        student: A model made by ``tutelage.prepare``.
+        folder: Folder to write into; files of the same names are replaced.
+        processor: As in ``save``.
+        metrics: As in ``save``.
+
+    Raises:
+        ArtefactError: Writing failed.
+    """
+    _require_prepared(student)
+    with staged_files(folder) as stage:
+        _write(student, stage, processor, metrics)
+
+
+def _require_prepared(student: nn.Module) -> Prepared:
+    state = prepared(student)
+    if state is None:
+        raise UnsupportedModelError(
+            f"{type(student).__name__} is not prepared; call tutelage.prepare(model, scheme)."
+        )
+    return state
+
+
+def _write(student: nn.Module, stage: Path, processor: Any, metrics: Mapping[str, Any]) -> None:
+    from safetensors import SafetensorError
+
+    model = cast("Any", student)
+    try:
+        model.save_pretrained(stage)
+    except SafetensorError as error:
+        # safetensors reports a full disk with an exception of its own.
+        raise OSError(None, str(error)) from error
+    processor = processor if processor is not None else _processor_of(model)
+    if processor is not None:
+        processor.save_pretrained(stage)
+    write_text(stage / "README.md", model_card(student, _require_prepared(student), metrics))
+
+
+def _processor_of(model: Any) -> Any:
+    source = Path(str(getattr(model, "name_or_path", "") or ""))
+    if not (source / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, local_files_only=True)
+
+
+def load(path: str | Path) -> nn.Module:
+    """Loads a packed model for inference.
+
+    Args:
+        path: Folder written by ``tutelage.save``, ``student.save_pretrained`` or a trainer.
+
+    Returns:
+        The model in eval mode, of the transformers class that was saved.
+
+    Raises:
+        ArtefactError: The folder is missing, incomplete, corrupt, edited, or holds something else.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    import transformers
+
+    from ._huggingface import register
+
+    register()
+    names = config.get("architectures") or ["(none)"]
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        raise ArtefactError(f"{path} holds a {names[0]!r}, which transformers does not have.")
+    files = weight_files(path)
+    verify_files([str(file) for file in files], config["quantization_config"]["modules"])
+    try:
+        model = cls.from_pretrained(path, local_files_only=True)
+    except ArtefactError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtefactError(f"{path} could not be loaded: {line}") from error
+    return cast("nn.Module", model.eval())
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Returns the weight files of a packed model.
+
+    Raises:
+        ArtefactError: There are none.
+    """
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise ArtefactError(
+            f"{path} holds no model.safetensors; a training checkpoint is resumed, not loaded."
+        )
+    return files
+
+
+def weight_bytes(path: str | Path) -> int:
+    """Returns the bytes of a packed model's weights on disk.
+
+    Args:
+        path: Folder written by ``save``.
+    """
+    return sum(file.stat().st_size for file in weight_files(Path(path)))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not path.is_dir():
+        raise ArtefactError(f"there is no folder {path}; name one written by tutelage.save.")
+    if not file.is_file():
+        raise ArtefactError(f"{path} holds no config.json; name a folder written by tutelage.save.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtefactError(f"{file} is no valid JSON ({error}).") from error
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method != QUANT_METHOD or "modules" not in config["quantization_config"]:
+        raise ArtefactError(
+            f"{path} is no packed model (quant_method is {method!r}); load it with from_pretrained."
+        )
+    return cast("dict[str, Any]", config)

@@ -1,0 +1,230 @@
+"""The packed format as a quantization method of transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import ArtefactError
+from ..nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, use_attention
+from ..scheme import ModuleSpec, Scheme
+from ._pack import METADATA_KEY, digest, map_digest, pack_state_dict
+
+__all__ = ["QUANT_METHOD", "PackedConfig", "PackedQuantizer", "attach_quantizer", "verify_files"]
+
+QUANT_METHOD = "tutelage"
+_VERSION = 1
+
+
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of a packed model: the scheme and the resolved module map.
+
+    Attributes:
+        scheme: The scheme as plain data.
+        modules: Qualified module name to spec, as plain data.
+        version: Version of the format.
+    """
+
+    def __init__(
+        self, scheme: dict[str, Any], modules: dict[str, Any], version: int = _VERSION, **_: Any
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.scheme = scheme
+        self.modules = modules
+        self.version = version
+
+    def specs(self) -> dict[str, ModuleSpec]:
+        """Returns the module map.
+
+        Raises:
+            ArtefactError: The file was written by a later version.
+        """
+        if self.version != _VERSION:
+            raise ArtefactError(
+                f"the model is stored in version {self.version} of the packed format, this "
+                f"library reads version {_VERSION}; install the tutelage that wrote it."
+            )
+        return {name: ModuleSpec(**spec) for name, spec in self.modules.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data for ``config.json``."""
+        return copy.deepcopy(self.__dict__)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns plain data for ``config.json``."""
+        return self.to_dict()
+
+
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Writes students packed and reads packed models; transformers calls it."""
+
+    requires_calibration = True
+
+    def is_serializable(self) -> bool:
+        """Packed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """A packed model is for inference; train the student instead."""
+        return False
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Returns what ``save_pretrained`` writes."""
+        config = cast("PackedConfig", self.quantization_config)
+        specs = config.specs()
+        if any(isinstance(m, QuantLinear | QuantEmbedding) for m in model.modules()):
+            state = pack_state_dict(model, specs)
+        else:
+            state = dict(model.state_dict())
+        digests = {name: digest(tensor) for name, tensor in state.items()}
+        record = {"tensors": digests, "modules": map_digest(config.modules)}
+        return state, {METADATA_KEY: json.dumps(record)}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = cast("PackedConfig", self.quantization_config)
+        files = kwargs.get("checkpoint_files") or ()
+        stored = verify_files([str(file) for file in files], config.modules)
+        specs = _on_model(model, config.specs())
+        with use_attention(model, keep=True):
+            for name, spec in specs.items():
+                _hollow(model.get_submodule(name), spec)
+        _refuse_missing(model, stored)
+        return model
+
+
+def _on_model(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> dict[str, ModuleSpec]:
+    """Names the modules as ``model`` does: a base model lacks the prefix of a model with a head."""
+    names = dict(model.named_modules())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found = {}
+    for name, spec in specs.items():
+        own = name if name in names else name.removeprefix(prefix)
+        if own not in names:
+            raise ArtefactError(
+                f"the packed module {name!r} does not exist in {type(model).__name__}; the files "
+                "are of another architecture."
+            )
+        found[own] = spec
+    return found
+
+
+def _hollow(module: nn.Module, spec: ModuleSpec) -> None:
+    """Makes a module ready to receive packed tensors."""
+    from .._prepare import attach_attention
+
+    if spec.kind == "attention":
+        attach_attention(module, spec)
+        return
+    quantizer = cast("Any", spec.weight).build()
+    if spec.kind == "embedding" and isinstance(module, nn.Embedding):
+        PackedEmbedding.from_embedding(module, quantizer)
+    elif spec.kind == "linear" and isinstance(module, nn.Linear):
+        input = None if spec.input is None else spec.input.build()
+        PackedLinear.from_linear(module, quantizer, input, spec.arithmetic)
+    else:
+        raise ArtefactError(
+            f"a packed {spec.kind} was stored where the model has a {type(module).__name__}; the "
+            "files are of another architecture."
+        )
+
+
+def _refuse_missing(model: nn.Module, stored: Iterable[str]) -> None:
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = set(stored)
+    names |= {name.removeprefix(prefix) for name in names}
+    missing = sorted(set(model.state_dict()) - names)
+    if missing:
+        raise ArtefactError(
+            f"the files hold no tensor {missing[0]!r} (nor {len(missing) - 1} others) that "
+            f"{type(model).__name__} needs; load the architecture that was saved."
+        )
+
+
+def verify_files(files: Iterable[str], modules: Mapping[str, Any]) -> set[str]:
+    """Compares packed files with the digests they carry.
+
+    Args:
+        files: The safetensors files of one model.
+        modules: The module map of its ``config.json``.
+
+    Returns:
+        The names of all tensors.
+
+    Raises:
+        ArtefactError: A file is truncated, edited or incomplete, or the map was edited.
+    """
+    seen: set[str] = set()
+    expected: dict[str, str] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as handle:
+                record = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
+                if record is None:
+                    raise ArtefactError(f"{file} carries no digests; save the model again.")
+                if record["modules"] != map_digest(modules):
+                    raise ArtefactError(
+                        f"the module map in config.json beside {file} is not the one the weights "
+                        "were packed with; restore both files from one save."
+                    )
+                expected = record["tensors"]
+                for name in handle.keys():
+                    if digest(handle.get_tensor(name)) != expected.get(name):
+                        raise ArtefactError(
+                            f"the tensor {name!r} in {file} was changed after it was saved; "
+                            "restore the file from a good copy."
+                        )
+                    seen.add(name)
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            if isinstance(error, ArtefactError):
+                raise
+            raise ArtefactError(
+                f"{file} is truncated or corrupt ({error}); restore it from a good copy."
+            ) from error
+    missing = sorted(set(expected) - seen)
+    if missing:
+        raise ArtefactError(
+            f"the tensor {missing[0]!r} is missing from the files; restore them from a good copy."
+        )
+    return seen
+
+
+def attach_quantizer(
+    model: nn.Module, scheme: Scheme, modules: Mapping[str, ModuleSpec]
+) -> None:
+    """Makes ``model.save_pretrained`` write the packed form.
+
+    Args:
+        model: A student.
+        scheme: Its scheme.
+        modules: Its resolved map.
+    """
+    config = PackedConfig(
+        scheme=scheme.model_dump(mode="json", exclude_defaults=True),
+        modules={
+            name: spec.model_dump(mode="json", exclude_defaults=True)
+            for name, spec in modules.items()
+        },
+    )
+    target = cast("Any", model)
+    target.config.quantization_config = config
+    target.hf_quantizer = PackedQuantizer(config)
+
+
+def register() -> None:
+    """Registers the format with transformers; idempotent."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(PackedConfig)
+        register_quantizer(QUANT_METHOD)(PackedQuantizer)

@@ -1,0 +1,54 @@
+"""The state dict that is shipped: packed codes, scales, and digests of every tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import BaseQuantizer, pack
+from ..scheme import ModuleSpec
+
+__all__ = ["METADATA_KEY", "digest", "map_digest", "pack_state_dict"]
+
+METADATA_KEY = "tutelage"
+"""Key of the safetensors metadata that holds the digests, as JSON."""
+
+
+def digest(tensor: Tensor) -> str:
+    """Returns 16 hexadecimal digits of the SHA-256 of a tensor's shape, dtype and bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    body = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(head + body).hexdigest()[:16]
+
+
+def map_digest(modules: Mapping[str, Any]) -> str:
+    """Returns a digest of the module map as it stands in ``config.json``."""
+    return hashlib.sha256(json.dumps(modules, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def pack_state_dict(student: nn.Module, modules: Mapping[str, ModuleSpec]) -> dict[str, Tensor]:
+    """Returns the state dict of a student with every quantized weight packed.
+
+    A packed weight keeps its name, as uint8 with one dimension; its scales stand beside it as
+    ``weight_scale``, float32, (rows, 1) or (1, 1).
+
+    Args:
+        student: A model made by ``tutelage.prepare``.
+        modules: Its resolved map.
+    """
+    state = dict(student.state_dict())
+    for name, spec in modules.items():
+        if spec.weight is None:
+            continue
+        module = student.get_submodule(name)
+        quantizer = cast("BaseQuantizer", module.weight_quantizer)
+        quantized = quantizer.quantize(cast("Tensor", module.weight))
+        state[f"{name}.weight"] = pack(quantized.codes, quantizer.grid).reshape(-1)
+        state[f"{name}.weight_scale"] = quantized.scale.reshape(-1, 1).contiguous()
+    return state

@@ -1,0 +1,291 @@
+"""The attention function: quantized products, and the place where its signals can be seen.
+
+It is registered with transformers under the name ``"tutelage"`` together with its mask function;
+without the latter transformers hands over no mask and padding is ignored in silence. State lives
+on the attention module: an optional ``attention_quantizer`` child, and, while a step runs, a probe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ..kernels import integer_matmul
+from ..quantizers import BaseQuantizer, Quantized
+
+__all__ = [
+    "ATTENTION_NAME",
+    "AttentionProbe",
+    "AttentionQuantizer",
+    "attention",
+    "probe_of",
+    "register_attention",
+    "use_attention",
+]
+
+ATTENTION_NAME = "tutelage"
+_PROBE = "_tutelage_probe"
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask")
+
+
+class AttentionProbe(Protocol):
+    """Sees, and may replace, the signals inside one attention call."""
+
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Receives query, key and value, each (batch, heads, tokens, width)."""
+        ...
+
+    def scores(self, scores: Tensor) -> None:
+        """Receives the scaled scores before the mask, (batch, heads, queries, keys)."""
+        ...
+
+    def attention_map(self, attention_map: Tensor) -> Tensor:
+        """Receives the softmax output before dropout and returns what is used in its place."""
+        ...
+
+
+class _QuantScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, q: Any, k: Any, scaling: float) -> Tensor:
+        qq, qk = q.quantize(query), k.quantize(key)
+        ctx.save_for_backward(query, key, *qq, *qk)
+        ctx.quantizers, ctx.scaling = (q, k), scaling
+        scores = integer_matmul(qq.codes, qk.codes.transpose(-1, -2), q.grid.hi * k.grid.hi)
+        return scores.mul_(qq.scale * scaling).mul_(qk.scale.transpose(-1, -2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, q_codes, q_scale, k_codes, k_scale = ctx.saved_tensors
+        (q, k), grad = ctx.quantizers, grads[0]
+        grad_query = grad_key = None
+        if ctx.needs_input_grad[0]:
+            grad_query = torch.matmul(grad * k_scale.transpose(-1, -2), k_codes) * ctx.scaling
+            grad_query = q.estimator(grad_query, query, Quantized(q_codes, q_scale), q.grid)
+        if ctx.needs_input_grad[1]:
+            grad_key = torch.matmul((grad * q_scale).transpose(-1, -2), q_codes) * ctx.scaling
+            grad_key = k.estimator(grad_key, key, Quantized(k_codes, k_scale), k.grid)
+        return grad_query, grad_key, None, None, None
+
+
+class _QuantContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, attention_map: Tensor, value: Tensor, p: Any, v: Any) -> Tensor:
+        qv = v.quantize(value)
+        # One scale per key cannot leave the sum over keys: it joins the map before that is rounded.
+        folded = v.granularity == "row"
+        key_scale = qv.scale.transpose(-1, -2)
+        qp = p.quantize(attention_map * key_scale if folded else attention_map)
+        ctx.save_for_backward(attention_map, value, *qp, *qv)
+        ctx.quantizers, ctx.folded = (p, v), folded
+        context = integer_matmul(qp.codes, qv.codes, p.grid.hi * v.grid.hi)
+        return context.mul_(qp.scale if folded else qp.scale * qv.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        attention_map, value, p_codes, p_scale, v_codes, v_scale = ctx.saved_tensors
+        (p, v), grad = ctx.quantizers, grads[0]
+        grad_map = grad_value = None
+        if ctx.needs_input_grad[0]:
+            grad_map = torch.matmul(grad, (v_codes * v_scale).transpose(-1, -2))
+            grad_map = p.estimator(grad_map, attention_map, Quantized(p_codes, p_scale), p.grid)
+        if ctx.needs_input_grad[1]:
+            grad_value = torch.matmul(p_codes.transpose(-1, -2), grad * p_scale)
+            if ctx.folded:
+                grad_value = grad_value / v_scale
+            grad_value = v.estimator(grad_value, value, Quantized(v_codes, v_scale), v.grid)
+        return grad_map, grad_value, None, None
+
+
+class AttentionQuantizer(nn.Module):
+    """Quantizers of the two products inside attention, Q K^T and P V.
+
+    With one scale per token, V's scale is folded into the attention map P, which is then
+    quantized per row: the sum over keys runs on integers only.
+
+    Attributes:
+        query: Quantizer of Q.
+        key: Quantizer of K.
+        value: Quantizer of V.
+        attention_map: Quantizer of P.
+    """
+
+    def __init__(
+        self,
+        query: BaseQuantizer,
+        key: BaseQuantizer,
+        value: BaseQuantizer,
+        attention_map: BaseQuantizer,
+    ) -> None:
+        """Keeps the four quantizers."""
+        super().__init__()
+        self.query = query
+        self.key = key
+        self.value = value
+        self.attention_map = attention_map
+
+    def scores(
+        self,
+        query: Float[Tensor, "batch heads queries width"],
+        key: Float[Tensor, "batch heads keys width"],
+        scaling: float,
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """Returns the quantized ``Q K^T * scaling``."""
+        scores = _QuantScores.apply(query, key, self.query, self.key, scaling)
+        return cast("Tensor", scores)
+
+    def context(
+        self,
+        attention_map: Float[Tensor, "batch heads queries keys"],
+        value: Float[Tensor, "batch heads keys width"],
+    ) -> Float[Tensor, "batch heads queries width"]:
+        """Returns the quantized ``P V``."""
+        context = _QuantContext.apply(attention_map, value, self.attention_map, self.value)
+        return cast("Tensor", context)
+
+
+def _repeat(states: Tensor, heads: int) -> Tensor:
+    groups = heads // states.shape[1]
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch kv_heads keys width"],
+    value: Float[Tensor, "batch kv_heads keys width"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch queries heads width"], Float[Tensor, "batch heads queries keys"]]:
+    """Eager attention with optional quantization and probing; transformers calls it.
+
+    Args:
+        module: The attention module; carries ``attention_quantizer`` where it is quantized.
+        query: Queries.
+        key: Keys; fewer heads than queries are repeated.
+        value: Values.
+        attention_mask: Additive mask that broadcasts against the scores, or ``None``.
+        scaling: Factor of the scores, by default 1 / sqrt(width).
+        dropout: Probability with which entries of the attention map are dropped.
+        **kwargs: What transformers passes along; ``position_bias`` is added to the scores.
+
+    Returns:
+        The context and the attention map that was used.
+
+    Raises:
+        UnsupportedModelError: The model asks for something this function does not compute.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes {name!r} to its attention function, which the "
+                "quantized attention does not compute; use another model."
+            )
+    probe: AttentionProbe | None = module.__dict__.get(_PROBE)
+    quantizer = cast("AttentionQuantizer | None", module._modules.get("attention_quantizer"))
+    if probe is not None:
+        probe.inputs(query, key, value)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
+    if quantizer is None:
+        scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    else:
+        scores = quantizer.scores(query, key, scaling)
+    if kwargs.get("position_bias") is not None:
+        scores = scores + kwargs["position_bias"]
+    if probe is not None:
+        probe.scores(scores)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    attention_map = nn.functional.softmax(scores, dim=-1)
+    if probe is not None:
+        attention_map = probe.attention_map(attention_map)
+    attention_map = nn.functional.dropout(attention_map, p=dropout, training=module.training)
+    if quantizer is None:
+        context = torch.matmul(attention_map, value)
+    else:
+        context = quantizer.context(attention_map, value)
+    return context.transpose(1, 2).contiguous(), attention_map
+
+
+def register_attention() -> None:
+    """Registers ``attention`` and its mask function with transformers; idempotent."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(ATTENTION_NAME, attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    from transformers import PreTrainedModel
+
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        if not module._can_set_attn_implementation():
+            raise UnsupportedModelError(
+                f"{type(module).__name__} does not dispatch its attention through transformers' "
+                "AttentionInterface; use a model that supports attn_implementation='sdpa'."
+            )
+        pending = [module.config]
+        while pending:
+            config = pending.pop()
+            found.setdefault(id(config), config)
+            pending.extend(
+                sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None
+            )
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no transformers model; pass a PreTrainedModel."
+        )
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def use_attention(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
+    """Routes the attention of ``model`` through ``attention`` inside the context.
+
+    Args:
+        model: A transformers model.
+        keep: Leave it so after a context that ended without an error.
+
+    Raises:
+        UnsupportedModelError: The model does not use transformers' attention interface.
+    """
+    register_attention()
+    configs = _configs(model)
+    before = [config._attn_implementation_internal for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = ATTENTION_NAME
+    done = False
+    try:
+        yield
+        done = keep
+    finally:
+        if not done:
+            for config, name in zip(configs, before, strict=True):
+                config._attn_implementation_internal = name
+
+
+@contextlib.contextmanager
+def probe_of(module: nn.Module, probe: AttentionProbe) -> Iterator[None]:
+    """Lets ``probe`` see the attention calls of one module inside the context.
+
+    Args:
+        module: The attention module.
+        probe: Who sees them.
+    """
+    module.__dict__[_PROBE] = probe
+    try:
+        yield
+    finally:
+        module.__dict__.pop(_PROBE, None)

@@ -1,0 +1,57 @@
+"""Word embeddings with one scale per vocabulary row."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..quantizers import BaseQuantizer
+
+__all__ = ["QuantEmbedding"]
+
+
+class QuantEmbedding(nn.Embedding):
+    """``nn.Embedding`` whose table is quantized in the forward pass.
+
+    With one scale per row only the rows that a batch uses are quantized: they are gathered
+    first, which gives exactly the values of the whole table. Made in place from an existing
+    ``nn.Embedding`` by ``tutelage.prepare``.
+
+    Attributes:
+        weight_quantizer: Quantizer of the table.
+    """
+
+    weight_quantizer: BaseQuantizer
+
+    @classmethod
+    def from_embedding(cls, module: nn.Embedding, weight: nn.Module) -> QuantEmbedding:
+        """Turns ``module`` into a ``QuantEmbedding`` in place and returns it.
+
+        Args:
+            module: A plain ``nn.Embedding`` without ``max_norm``.
+            weight: Quantizer of the table.
+        """
+        module.__class__ = cls
+        module.weight_quantizer = weight
+        return cast("QuantEmbedding", module)
+
+    def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch embedding_dim"]:
+        """Looks up quantized rows.
+
+        Args:
+            input: Token indices, any shape.
+
+        Returns:
+            Float32, shape (*batch, embedding_dim).
+        """
+        if self.weight_quantizer.granularity == "row":
+            return self.weight_quantizer(super().forward(input))
+        return nn.functional.embedding(
+            input,
+            self.weight_quantizer(self.weight),
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )

@@ -1,0 +1,167 @@
+"""Linear layers on integers: trained with fake quantization, shipped with packed codes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..kernels import integer_linear
+from ..quantizers import Quantized, Quantizer
+
+__all__ = ["Arithmetic", "QuantLinear", "quantized_linear", "scaled_integer_linear"]
+
+
+Arithmetic = Literal["integer", "float"]
+"""How a quantized product is computed.
+
+``"integer"``: integers first, one scaling at the end; exact, and what every kernel computes.
+``"float"``: scales first, then a float32 product, which rounds; the published code does so.
+"""
+
+
+def quantized_linear(
+    x: Quantized,
+    weight: Quantized,
+    bias: Float[Tensor, " out_features"] | None,
+    arithmetic: Arithmetic = "integer",
+) -> Float[Tensor, "*batch out_features"]:
+    """Computes a Linear layer of a quantized input and a quantized weight.
+
+    Args:
+        x: Quantized input, see ``scaled_integer_linear``.
+        weight: Quantized weight.
+        bias: Shape (out,), or ``None``.
+        arithmetic: See ``Arithmetic``.
+    """
+    if arithmetic == "float":
+        return nn.functional.linear(x.dequantize(), weight.dequantize(), bias)
+    return scaled_integer_linear(x, weight, bias)
+
+
+def scaled_integer_linear(
+    x: Quantized,
+    weight: Quantized,
+    bias: Float[Tensor, " out_features"] | None,
+) -> Float[Tensor, "*batch out_features"]:
+    """Computes ``((codes_x @ codes_w.T) * scale_x) * scale_w + bias``, in this order.
+
+    Training, the packed modules and every kernel use this order, so that they agree bit for bit.
+
+    Args:
+        x: Quantized input, codes (*batch, in), scale (*batch, 1) or one element.
+        weight: Quantized weight, codes (out, in), float32 or int8, scale (out, 1) or one element.
+        bias: Shape (out,), or ``None``.
+
+    Returns:
+        Float32, shape (*batch, out).
+    """
+    y = integer_linear(x.codes, weight.codes)
+    y.mul_(x.scale).mul_(weight.scale.reshape(-1))
+    return y if bias is None else y.add_(bias)
+
+
+class _QuantLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        input_quantizer: Quantizer,
+        weight_quantizer: Quantizer,
+        arithmetic: Arithmetic,
+    ) -> Tensor:
+        qx = input_quantizer.quantize(x)
+        qw = weight_quantizer.quantize(weight)
+        ctx.save_for_backward(x, weight, *qx, *qw)
+        ctx.quantizers = (input_quantizer, weight_quantizer)
+        return quantized_linear(qx, qw, bias, arithmetic)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        x, weight, x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
+        input_quantizer, weight_quantizer = ctx.quantizers
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.matmul(grad * w_scale.reshape(-1), w_codes)
+            grad_x = input_quantizer.estimator(
+                grad_x, x, Quantized(x_codes, x_scale), input_quantizer.grid
+            )
+        if ctx.needs_input_grad[1]:
+            scaled = (grad * x_scale).reshape(-1, grad.shape[-1])
+            grad_weight = torch.matmul(scaled.t(), x_codes.reshape(-1, x_codes.shape[-1]))
+            grad_weight = weight_quantizer.estimator(
+                grad_weight, weight, Quantized(w_codes, w_scale), weight_quantizer.grid
+            )
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class QuantLinear(nn.Linear):
+    """``nn.Linear`` whose weight, and input where wanted, are quantized in the forward pass.
+
+    Made in place from an existing ``nn.Linear`` by ``tutelage.prepare``; parameters, hooks and
+    names stay. ``weight`` is the latent full-precision weight.
+
+    Attributes:
+        weight_quantizer: Quantizer of the weight, one scale per row or tensor.
+        input_quantizer: Quantizer of the input, or ``None`` for weight-only quantization.
+        arithmetic: How the product is computed.
+    """
+
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+    arithmetic: Arithmetic
+
+    @classmethod
+    def from_linear(
+        cls,
+        module: nn.Linear,
+        weight: nn.Module,
+        input: nn.Module | None,
+        arithmetic: Arithmetic = "integer",
+    ) -> QuantLinear:
+        """Turns ``module`` into a ``QuantLinear`` in place and returns it.
+
+        Args:
+            module: A plain ``nn.Linear``.
+            weight: Quantizer of the weight.
+            input: Quantizer of the input, or ``None``.
+            arithmetic: How the product is computed.
+        """
+        module.__class__ = cls
+        made = cast("QuantLinear", module)
+        made.weight_quantizer = cast("Quantizer", weight)
+        made.input_quantizer = cast("Quantizer | None", input)
+        made.arithmetic = arithmetic
+        return made
+
+    def forward(
+        self, input: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Applies the quantized layer.
+
+        Args:
+            input: Shape (*batch, in_features).
+
+        Returns:
+            Shape (*batch, out_features), float32.
+        """
+        if self.input_quantizer is None:
+            return nn.functional.linear(input, self.weight_quantizer(self.weight), self.bias)
+        return cast(
+            "Tensor",
+            _QuantLinearFunction.apply(
+                input,
+                self.weight,
+                self.bias,
+                self.input_quantizer,
+                self.weight_quantizer,
+                self.arithmetic,
+            ),
+        )

@@ -1,0 +1,289 @@
+"""What is quantized, and how: one object drives training, packing, kernels and exports."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import SchemeError, nearest
+from .quantizers import (
+    BaseQuantizer,
+    BinaryQuantizer,
+    FourLevelQuantizer,
+    Granularity,
+    TernaryQuantizer,
+    UniformQuantizer,
+    UnsignedQuantizer,
+)
+
+__all__ = [
+    "WEIGHT_QUANTIZERS",
+    "ActivationSpec",
+    "AttentionSpec",
+    "ModuleSpec",
+    "Rule",
+    "Scheme",
+    "WeightSpec",
+]
+
+WEIGHT_QUANTIZERS: dict[str, type[BaseQuantizer]] = {
+    "ternary": TernaryQuantizer,
+    "binary": BinaryQuantizer,
+    "four-level": FourLevelQuantizer,
+}
+"""Weight quantizers by the name a scheme gives them; add yours here."""
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or type(self).__name__
+            message = first["msg"].removeprefix("Value error, ")
+            hint = nearest(where, type(self).model_fields) if "extra" in first["type"] else ""
+            raise SchemeError(f"{type(self).__name__}: {where}: {message}.{hint}") from None
+
+
+class WeightSpec(_Spec):
+    """How a weight is quantized.
+
+    Attributes:
+        kind: ``"ternary"``, ``"binary"`` or ``"four-level"``.
+        granularity: One scale per ``"row"`` (output channel) or per ``"tensor"``.
+        clip: Latent weights are clamped to [-clip, clip], gradients are zero beyond; or ``None``.
+    """
+
+    kind: str
+    granularity: Granularity = "row"
+    clip: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> WeightSpec:
+        if self.kind not in WEIGHT_QUANTIZERS:
+            known = ", ".join(repr(kind) for kind in WEIGHT_QUANTIZERS)
+            hint = nearest(self.kind, WEIGHT_QUANTIZERS)
+            raise ValueError(f"there is no weight quantizer {self.kind!r}; use one of {known}{hint}")
+        return self
+
+    def build(self) -> BaseQuantizer:
+        """Makes the quantizer."""
+        return WEIGHT_QUANTIZERS[self.kind](self.granularity, clip=self.clip)
+
+    @property
+    def bits(self) -> int:
+        """Bits of one packed code."""
+        return WEIGHT_QUANTIZERS[self.kind].grid.bits
+
+
+class ActivationSpec(_Spec):
+    """How an activation is quantized; the scale is computed at run time.
+
+    Attributes:
+        bits: Word length, 2 to 8.
+        granularity: One scale per ``"row"`` (token) or per ``"tensor"``.
+        clip: Values are clamped to [-clip, clip] first, gradients are zero beyond; or ``None``.
+        signed: Symmetric around zero; ``False`` for values that are never negative.
+        reciprocal: Multiply by the reciprocal of the scale, as the published code does.
+    """
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 8
+    granularity: Granularity = "row"
+    clip: Annotated[float, Field(gt=0)] | None = None
+    signed: bool = True
+    reciprocal: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ActivationSpec:
+        if not self.signed and (self.clip is not None or self.reciprocal):
+            raise ValueError("clip and reciprocal need signed=True")
+        return self
+
+    def build(self) -> BaseQuantizer:
+        """Makes the quantizer."""
+        if not self.signed:
+            return UnsignedQuantizer(self.bits, self.granularity)
+        return UniformQuantizer(
+            self.bits, self.granularity, clip=self.clip, reciprocal=self.reciprocal
+        )
+
+
+class AttentionSpec(_Spec):
+    """How the operands of Q K^T and P V are quantized.
+
+    Attributes:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        attention_map: The softmax output.
+    """
+
+    query: ActivationSpec
+    key: ActivationSpec
+    value: ActivationSpec
+    attention_map: ActivationSpec
+
+
+class ModuleSpec(_Spec):
+    """How one module of a model is quantized; the resolved map holds one per module.
+
+    Attributes:
+        kind: ``"linear"``, ``"embedding"`` or ``"attention"``.
+        weight: Of a Linear or an embedding.
+        input: Of a Linear; ``None`` for weight-only quantization.
+        attention: Of an attention module.
+        arithmetic: Of a Linear: ``"integer"`` products scaled once at the end, which is exact, or
+            ``"float"`` products of scaled values, as the published code computes them.
+    """
+
+    kind: Literal["linear", "embedding", "attention"]
+    weight: WeightSpec | None = None
+    input: ActivationSpec | None = None
+    attention: AttentionSpec | None = None
+    arithmetic: Literal["integer", "float"] = "integer"
+
+
+class Rule(_Spec):
+    """An exception from the scheme for modules whose whole qualified name matches.
+
+    The first rule that matches decides. Both specs ``None`` keeps the module in full precision.
+
+    Attributes:
+        pattern: Regular expression that must match the whole name.
+        weight: How the weight is quantized instead.
+        input: How the input is quantized instead.
+    """
+
+    pattern: str
+    weight: WeightSpec | None = None
+    input: ActivationSpec | None = None
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Rule:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"{self.pattern!r} is no regular expression ({error})") from None
+        if self.weight is None and self.input is not None:
+            raise ValueError("input without weight; give both, or neither for full precision")
+        return self
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule is about the module called ``name``."""
+        return re.fullmatch(self.pattern, name) is not None
+
+
+class Scheme(_Spec):
+    """Which parts of a Transformer are quantized, and how.
+
+    Every Linear inside the base model, the word embeddings and the products inside attention are
+    quantized; position and type embeddings, norms, biases, the softmax, the residual stream and
+    the task head never are.
+
+    Attributes:
+        name: Shown in summaries and model cards.
+        weight: Linear weights.
+        input: Linear inputs; ``None`` for weight-only quantization.
+        embedding: Word embeddings; ``None`` keeps them in full precision.
+        attention: Products inside attention; ``None`` keeps them in full precision.
+        arithmetic: How products of Linears are computed, see ``ModuleSpec``.
+        rules: Exceptions by module name.
+
+    Example:
+        >>> scheme = Scheme.preset("binary-a8")
+        >>> scheme.weight.kind
+        'binary'
+    """
+
+    name: str = "custom"
+    weight: WeightSpec
+    input: ActivationSpec | None = None
+    embedding: WeightSpec | None = None
+    attention: AttentionSpec | None = None
+    arithmetic: Literal["integer", "float"] = "integer"
+    rules: tuple[Rule, ...] = ()
+
+    @staticmethod
+    def preset(name: str) -> Scheme:
+        """Returns a ready-made scheme.
+
+        Args:
+            name: ``"ternary-a8"``, ``"ternary-a4"``, ``"binary-a8"``, ``"binary-a4"``,
+                ``"w2-a8"``, or ``"reference"``: the published TernaryBERT and Teacher
+                Intervention code with its per-tensor scales and its clipping at 2.5.
+
+        Raises:
+            SchemeError: There is no preset of that name.
+        """
+        if name not in _PRESETS:
+            known = ", ".join(repr(key) for key in _PRESETS)
+            raise SchemeError(
+                f"there is no scheme {name!r}; use one of {known}.{nearest(name, _PRESETS)}"
+            )
+        return _PRESETS[name]
+
+    @staticmethod
+    def presets() -> tuple[str, ...]:
+        """Returns the names of all presets."""
+        return tuple(_PRESETS)
+
+    def linear(self, name: str) -> ModuleSpec | None:
+        """Returns how the Linear called ``name`` is quantized, ``None`` for not at all."""
+        weight, input = self.weight, self.input
+        for rule in self.rules:
+            if rule.matches(name):
+                if rule.weight is None:
+                    return None
+                weight, input = rule.weight, rule.input
+                break
+        return ModuleSpec(kind="linear", weight=weight, input=input, arithmetic=self.arithmetic)
+
+    def word_embedding(self, name: str) -> ModuleSpec | None:
+        """Returns how the embedding called ``name`` is quantized, ``None`` for not at all."""
+        for rule in self.rules:
+            if rule.matches(name):
+                weight = rule.weight
+                return None if weight is None else ModuleSpec(kind="embedding", weight=weight)
+        if self.embedding is None:
+            return None
+        return ModuleSpec(kind="embedding", weight=self.embedding)
+
+
+def _per_token(name: str, kind: str, bits: int) -> Scheme:
+    token = ActivationSpec(bits=bits)
+    attention = AttentionSpec(
+        query=token,
+        key=token,
+        value=token,
+        attention_map=ActivationSpec(bits=bits, signed=False),
+    )
+    weight = WeightSpec(kind=kind)
+    return Scheme(name=name, weight=weight, input=token, embedding=weight, attention=attention)
+
+
+def _reference() -> Scheme:
+    clip = 2.5
+    tensor = ActivationSpec(granularity="tensor", clip=clip, reciprocal=True)
+    return Scheme(
+        name="reference",
+        weight=WeightSpec(kind="ternary", granularity="tensor", clip=clip),
+        input=tensor,
+        embedding=WeightSpec(kind="ternary", granularity="row", clip=clip),
+        attention=AttentionSpec(query=tensor, key=tensor, value=tensor, attention_map=tensor),
+        arithmetic="float",
+    )
+
+
+_PRESETS: dict[str, Scheme] = {
+    "ternary-a8": _per_token("ternary-a8", "ternary", 8),
+    "ternary-a4": _per_token("ternary-a4", "ternary", 4),
+    "binary-a8": _per_token("binary-a8", "binary", 8),
+    "binary-a4": _per_token("binary-a4", "binary", 4),
+    "w2-a8": _per_token("w2-a8", "four-level", 8),
+    "reference": _reference(),
+}

@@ -1,0 +1,377 @@
+"""The Hugging Face trainer of students."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.optimization import get_scheduler
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
+
+from .._prepare import prepared
+from ..distill import Distiller, LiveTeacher, TeacherSource, TrainStep
+from ..distill.losses import Losses
+from ..errors import CheckpointError, NonFiniteLossError, RecipeError, UnsupportedModelError
+from ..export import write_artefact
+from ..intervention import Schedule
+from . import _checkpoint
+from ._arguments import QATArguments
+from ._optim import BertAdam, reset_state
+
+__all__ = ["QATTrainer"]
+
+_DEFAULT_STEPS = 60
+
+
+class _StepBoundary(TrainerCallback):
+    """Gives the second step a fresh optimizer; decided from the global step alone."""
+
+    def __init__(self, trainer: QATTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        steps = self._trainer.active_schedule.steps
+        if 0 < steps == state.global_step:
+            reset_state(cast("Any", self._trainer.optimizer))
+
+
+class QATTrainer(Trainer):
+    """Trains a student under a teacher with ``transformers.Trainer``'s loop.
+
+    Training has two steps. In the first, of ``schedule.steps`` steps, the teacher intervenes; the
+    second is plain quantization-aware distillation with a fresh optimizer state. Each has its own
+    warm-up and decay. Everything follows from the global step, so that a resumed run equals an
+    uninterrupted one. Evaluation never intervenes: ``eval_loss`` is the student's own task loss.
+
+    Attributes:
+        distiller: Computes the loss of a step.
+        schedule: What was asked for; ``None`` is ``Schedule.gradual(min(60, max_steps // 3))``.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: nn.Module | TeacherSource,
+        args: TrainingArguments | None = None,
+        *,
+        schedule: Schedule | None = None,
+        losses: Losses | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        data_collator: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Sets up training.
+
+        Args:
+            student: A model made by ``tutelage.prepare``.
+            teacher: The full-precision model, or another source of its signals.
+            args: ``QATArguments``; plain ``TrainingArguments`` are taken as they are.
+            schedule: When the teacher intervenes.
+            losses: Loss terms, ``tutelage.losses.default()`` if ``None``.
+            train_dataset: As in ``Trainer``.
+            eval_dataset: As in ``Trainer``.
+            data_collator: As in ``Trainer``.
+            processing_class: Tokenizer; stored with the model.
+            compute_metrics: As in ``Trainer``.
+            callbacks: As in ``Trainer``.
+            **kwargs: Passed to ``Trainer``.
+
+        Raises:
+            UnsupportedModelError: The student was not prepared, or sharded training was asked for.
+            IncompatibleTeacherError: Teacher and student do not fit.
+        """
+        self.distiller = Distiller(student, teacher, losses)
+        self.schedule = schedule
+        self._active_schedule = schedule
+        super().__init__(
+            model=student,
+            args=args if args is not None else QATArguments(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UnsupportedModelError(
+                "QATTrainer does not train sharded models; start it without FSDP and DeepSpeed."
+            )
+        if isinstance(self.distiller.teacher, LiveTeacher):
+            self.distiller.teacher.model.to(self.args.device)
+        self.add_callback(_StepBoundary(self))
+        self._step = TrainStep(self.distiller, None)
+        self._sums: dict[str, Tensor] = {}
+        self._steps_summed = 0
+
+    @property
+    def active_schedule(self) -> Schedule:
+        """The schedule of the present run.
+
+        Raises:
+            RecipeError: None was given and training has not begun.
+        """
+        if self._active_schedule is None:
+            raise RecipeError("the default schedule is known when training begins.")
+        return self._active_schedule
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains, or goes on from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: ``True`` for the newest complete checkpoint in the output
+                folder, or the folder of one.
+            **kwargs: Passed to ``Trainer.train``.
+
+        Returns:
+            As ``Trainer.train``.
+
+        Raises:
+            CheckpointError: There is no complete checkpoint, or it belongs to another run.
+            NonFiniteLossError: The loss became NaN or infinite.
+        """
+        if resume_from_checkpoint is True:
+            folder = Path(cast("str", self.args.output_dir))
+            found = _checkpoint.latest_checkpoint(folder)
+            if found is None:
+                raise CheckpointError(
+                    f"there is no complete checkpoint in {folder}; train without "
+                    "resume_from_checkpoint."
+                )
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Runs forward and backward of one micro-batch under the stage of the global step.
+
+        Args:
+            model: The wrapped student.
+            inputs: The batch.
+            num_items_in_batch: Not used; every micro-batch counts the same.
+
+        Returns:
+            The detached loss.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        step, total = self.state.global_step, max(self.state.max_steps, 1)
+        terms = self._step.accumulate(
+            inputs,
+            self.active_schedule(step),
+            progress=torch.full((), step / total, device=self.args.device),
+            model=model,
+            backward=self.accelerator.backward,
+            divisor=self.current_gradient_accumulation_steps,
+        )
+        for name, value in terms.items():
+            if name in self._sums:
+                self._sums[name] += value
+            else:
+                self._sums[name] = value.clone()
+        self._steps_summed += 1
+        return terms["loss"]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Makes the optimizer; the published one where the arguments ask for it."""
+        if getattr(self.args, "qat_optimizer", "adamw") == "bert_adam":
+            constants = {
+                "lr": self.args.learning_rate,
+                "betas": (self.args.adam_beta1, self.args.adam_beta2),
+                "eps": 1e-6,
+            }
+            self.optimizer_cls_and_kwargs = (BertAdam, constants)
+        return super().create_optimizer(model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Returns the parameters with weight decay; those of quantizers have none."""
+        names = super().get_decay_parameter_names(cast("PreTrainedModel", model))
+        return [name for name in names if "_quantizer." not in name]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Makes the learning-rate schedule: warm-up and decay in each of the two steps.
+
+        Args:
+            num_training_steps: Length of the run.
+            optimizer: As in ``Trainer``.
+
+        Raises:
+            RecipeError: The schedule is longer than the run, or ``lr_scheduler_type`` cannot be
+                split in two.
+        """
+        if self.schedule is None:
+            steps = min(_DEFAULT_STEPS, num_training_steps // 3)
+            self._active_schedule = Schedule.gradual(steps)
+        steps = self.active_schedule.steps
+        if steps > num_training_steps:
+            raise RecipeError(
+                f"the schedule intervenes for {steps} steps, training has {num_training_steps}; "
+                "shorten the schedule or raise max_steps."
+            )
+        if self.lr_scheduler is None:
+            first = self._multiplier(steps)
+            second = self._multiplier(num_training_steps - steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer if optimizer is not None else cast("Any", self.optimizer),
+                lambda t: first(t) if t < steps else second(t - steps),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _multiplier(self, steps: int) -> Callable[[int], float]:
+        if steps == 0:
+            return lambda t: 0.0
+        probe = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        made = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=probe,
+            num_warmup_steps=self.args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=cast("Any", self.args.lr_scheduler_kwargs),
+        )
+        lambdas = getattr(made, "lr_lambdas", None)
+        if not lambdas:
+            raise RecipeError(
+                f"lr_scheduler_type {self.args.lr_scheduler_type!r} depends on more than the step; "
+                "use 'linear', 'cosine' or 'constant_with_warmup'."
+            )
+        return cast("Callable[[int], float]", lambdas[0])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every loss term since the last entry, and stops at NaN.
+
+        Args:
+            logs: The values.
+            start_time: As in ``Trainer``.
+
+        Raises:
+            NonFiniteLossError: The loss became NaN or infinite.
+        """
+        self._refuse_non_finite()
+        if "loss" in logs and self._steps_summed:
+            for name, value in self._sums.items():
+                if name != "loss":
+                    logs[f"loss_{name}"] = value.item() / self._steps_summed
+            logs["intervention"] = float(self.state.global_step <= self.active_schedule.steps)
+            self._sums, self._steps_summed = {}, 0
+        super().log(logs, start_time)
+
+    def _refuse_non_finite(self) -> None:
+        broken = [name for name, value in self._sums.items() if not torch.isfinite(value).item()]
+        if broken:
+            raise NonFiniteLossError(
+                f"the loss ({', '.join(broken)}) became NaN or infinite before step "
+                f"{self.state.global_step + 1}; lower the learning rate (now "
+                f"{self.args.learning_rate:g}) or check the data."
+            )
+
+    def _run_settings(self) -> dict[str, Any]:
+        state = prepared(cast("nn.Module", self.model))
+        assert state is not None
+        losses = self.distiller.losses
+        return {
+            "scheme": state.scheme.model_dump(mode="json"),
+            "schedule": repr(self.active_schedule),
+            "losses": {w.term.name: w.weight for w in losses.terms},
+            "local": losses.local,
+            "optimizer": f"{getattr(self.args, 'qat_optimizer', 'adamw')}/{self.args.optim}",
+            "learning_rate": self.args.learning_rate,
+            "lr_scheduler_type": str(self.args.lr_scheduler_type),
+            "max_steps": self.state.max_steps,
+            "batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "processes": self.args.world_size,
+            "seed": self.args.seed,
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._refuse_non_finite()
+        run_dir = Path(self._get_output_dir(trial))
+        checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
+        self.store_flos()
+        if self.state.best_global_step:
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == checkpoint or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            stage = _checkpoint.stage_for(checkpoint)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            stage = checkpoint.with_name(f".{checkpoint.name}.partial")
+        self._save_optimizer_and_scheduler(str(stage))
+        self._save_scaler(str(stage))
+        self._save_rng_state(str(stage))
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        _checkpoint.save_latent(cast("nn.Module", self.model), stage)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self._export_callback(callback)
+        self.state.save_to_json(str(stage / "trainer_state.json"))
+        _checkpoint.commit(stage, checkpoint, self._run_settings())
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _export_callback(self, callback: Any) -> None:
+        name = callback.__class__.__name__
+        known: Any = self.state.stateful_callbacks
+        if isinstance(known[name], list):
+            known[name].append(callback.state())
+        else:
+            known[name] = callback.state()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        _checkpoint.load_latent(
+            cast("nn.Module", model or self.model), Path(resume_from_checkpoint)
+        )
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        _checkpoint.load_latent(cast("nn.Module", self.model), Path(cast("str", best)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            _checkpoint.refuse_other_run(Path(checkpoint), self._run_settings())
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Writes the packed form with tokenizer and model card into ``output_dir``."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else cast("str", self.args.output_dir))
+        metrics = {
+            key: value
+            for entry in self.state.log_history
+            for key, value in entry.items()
+            if key.startswith("eval_") and isinstance(value, float)
+        }
+        student = cast("nn.Module", self.model)
+        write_artefact(student, folder, processor=self._processor(), metrics=metrics)
+
+    def _processor(self) -> Any:
+        if self.processing_class is not None:
+            return self.processing_class
+        return getattr(self.data_collator, "tokenizer", None)

@@ -1,0 +1,216 @@
+"""Metrics of text tasks, and how near a student's outputs are to its teacher's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tutelage.errors import DataError, NonFiniteLossError
+
+__all__ = ["METRICS", "Metric", "agreement", "evaluate_metrics", "kl_divergence"]
+
+Array = npt.NDArray[Any]
+
+CLASSIFICATION = ("classification", "pair")
+REGRESSION = ("regression", "pair_regression")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        kinds: The task kinds that it measures.
+        compute: From predictions and labels, both of shape ``(examples,)``, to a value. The
+            predictions are class indices, or real numbers for regression.
+        description: What the value says.
+        binary_only: Whether it is defined for two classes only.
+    """
+
+    kinds: tuple[str, ...]
+    compute: Callable[[Array, Array], float]
+    description: str
+    binary_only: bool = False
+
+
+def evaluate_metrics(kind: str, logits: Array, labels: Array) -> dict[str, float]:
+    """Computes every metric that applies to a task.
+
+    Constant predictions or labels give 0.0 where a correlation is undefined.
+
+    Args:
+        kind: ``"classification"``, ``"pair"``, ``"regression"`` or ``"pair_regression"``.
+        logits: The model's outputs, floating point, of shape ``(examples, classes)``; for a
+            regression ``(examples, 1)`` or ``(examples,)``.
+        labels: Class indices (integers), or real numbers for a regression, of shape
+            ``(examples,)``.
+
+    Returns:
+        Metric name to value, all as fractions.
+
+    Raises:
+        DataError: If the kind is unknown, there are no examples, or the shapes do not fit.
+        NonFiniteLossError: If an output is NaN or infinite.
+    """
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if kind in REGRESSION:
+        if logits.ndim == 1:
+            logits = logits[:, None]
+        columns_fit = logits.ndim == 2 and logits.shape[1] == 1
+    elif kind in CLASSIFICATION:
+        columns_fit = logits.ndim == 2 and logits.shape[1] >= 2
+    else:
+        raise DataError(
+            f"unknown task kind {kind!r}; use one of {', '.join(CLASSIFICATION + REGRESSION)}."
+        )
+    if not columns_fit or labels.shape != logits.shape[:1]:
+        raise DataError(
+            f"outputs of shape {logits.shape} and labels of shape {labels.shape} do not fit a "
+            f"{kind} task; evaluate with the model and the data of that task."
+        )
+    _check(logits)
+    predictions = logits[:, 0].astype(np.float64) if kind in REGRESSION else logits.argmax(axis=1)
+    classes = logits.shape[1]
+    with warnings.catch_warnings():
+        # Undefined values are settled in the functions below; scikit-learn warns of them as well.
+        warnings.simplefilter("ignore")
+        return {
+            name: float(metric.compute(predictions, labels))
+            for name, metric in METRICS.items()
+            if kind in metric.kinds and not (metric.binary_only and classes != 2)
+        }
+
+
+def agreement(student_logits: Array, teacher_logits: Array) -> float:
+    """Returns the share of examples to which student and teacher give the same label.
+
+    Args:
+        student_logits: The student's outputs, floating point, of shape ``(examples, classes)``.
+        teacher_logits: The teacher's outputs, of the same shape.
+
+    Returns:
+        A fraction between 0 and 1.
+
+    Raises:
+        DataError: If there are no examples, fewer than two classes, or the shapes differ.
+        NonFiniteLossError: If an output is NaN or infinite.
+    """
+    student, teacher = _both(student_logits, teacher_logits)
+    return float(np.mean(student.argmax(axis=1) == teacher.argmax(axis=1)))
+
+
+def kl_divergence(teacher_logits: Array, student_logits: Array) -> float:
+    """Returns the mean of KL(teacher || student) over the examples, in nats.
+
+    Args:
+        teacher_logits: The teacher's outputs, floating point, of shape ``(examples, classes)``.
+        student_logits: The student's outputs, of the same shape.
+
+    Returns:
+        The divergence, computed in float64, at least 0.
+
+    Raises:
+        DataError: If there are no examples, fewer than two classes, or the shapes differ.
+        NonFiniteLossError: If an output is NaN or infinite.
+    """
+    from scipy.special import log_softmax
+
+    teacher, student = _both(teacher_logits, student_logits)
+    log_p = log_softmax(teacher.astype(np.float64), axis=1)
+    log_q = log_softmax(student.astype(np.float64), axis=1)
+    mean = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
+    return max(0.0, float(mean))  # Equal outputs can round to just below zero.
+
+
+def _both(first: Array, second: Array) -> tuple[Array, Array]:
+    first, second = np.asarray(first), np.asarray(second)
+    if first.shape != second.shape or first.ndim != 2 or first.shape[1] < 2:
+        raise DataError(
+            f"outputs of shape {first.shape} and {second.shape} cannot be compared as classes; "
+            "give two arrays of one shape (examples, classes) with at least two classes."
+        )
+    _check(first)
+    _check(second)
+    return first, second
+
+
+def _check(logits: Array) -> None:
+    if logits.shape[0] == 0:
+        raise DataError("there are no examples to evaluate; give at least one.")
+    broken = int((~np.isfinite(logits).all(axis=1)).sum())
+    if broken:
+        raise NonFiniteLossError(
+            f"the model's outputs are NaN or infinite for {broken} of {logits.shape[0]} examples; "
+            "train again with a lower learning rate."
+        )
+
+
+def _accuracy(predictions: Array, labels: Array) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(labels, predictions))
+
+
+def _f1(predictions: Array, labels: Array) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0))
+
+
+def _macro_f1(predictions: Array, labels: Array) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=0))
+
+
+def _matthews(predictions: Array, labels: Array) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    if _constant(predictions) or _constant(labels):
+        return 0.0
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def _pearson(predictions: Array, labels: Array) -> float:
+    from scipy.stats import pearsonr
+
+    if _constant(predictions) or _constant(labels):
+        return 0.0
+    return _finite(float(pearsonr(predictions, labels).statistic))
+
+
+def _spearman(predictions: Array, labels: Array) -> float:
+    from scipy.stats import spearmanr
+
+    if _constant(predictions) or _constant(labels):
+        return 0.0
+    return _finite(float(spearmanr(predictions, labels).statistic))
+
+
+def _correlation(predictions: Array, labels: Array) -> float:
+    return (_pearson(predictions, labels) + _spearman(predictions, labels)) / 2
+
+
+def _constant(values: Array) -> bool:
+    return bool((values == values[0]).all())
+
+
+def _finite(value: float) -> float:
+    return value if np.isfinite(value) else 0.0
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(CLASSIFICATION, _accuracy, "share of right labels"),
+    "f1": Metric(CLASSIFICATION, _f1, "F1 of class 1 of two", binary_only=True),
+    "macro_f1": Metric(CLASSIFICATION, _macro_f1, "mean of the classes' F1"),
+    "matthews": Metric(CLASSIFICATION, _matthews, "Matthews correlation coefficient"),
+    "pearson": Metric(REGRESSION, _pearson, "linear correlation"),
+    "spearman": Metric(REGRESSION, _spearman, "rank correlation"),
+    "correlation": Metric(REGRESSION, _correlation, "mean of pearson and spearman"),
+}
+"""Every metric by its name."""
