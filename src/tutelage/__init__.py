@@ -8,9 +8,9 @@ from . import _plugin
 from . import errors as errors
 from . import intervention as intervention
 from . import quantizers as quantizers
-from ._prepare import Summary as Summary
 from ._prepare import prepare as prepare
-from ._prepare import summary as summary
+from ._summary import Summary as Summary
+from ._summary import summary as summary
 from .distill import Distiller as Distiller
 from .distill import StepOutput as StepOutput
 from .distill import TrainStep as TrainStep

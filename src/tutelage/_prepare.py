@@ -1,4 +1,4 @@
-"""Turning a model into a student: resolving the scheme, changing modules in place, summing up."""
+"""Turning a model into a student: resolving the scheme, changing modules in place."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from torch import nn
 
 from .errors import SchemeError, UnsupportedModelError
 from .nn import AttentionQuantizer, QuantEmbedding, QuantLinear, use_attention
-from .quantizers import packed_width
-from .scheme import WEIGHT_QUANTIZERS, ModuleSpec, Scheme
+from .scheme import ModuleSpec, Scheme
 from .sites import SiteMap, discover
 
-__all__ = ["Prepared", "Summary", "SummaryRow", "attach_attention", "prepare", "prepared", "summary"]
+__all__ = [
+    "Prepared",
+    "Summary",
+    "SummaryRow",
+    "attach_attention",
+    "prepare",
+    "prepared",
+    "summary",
+]
 
 _STATE = "_tutelage"
 
@@ -204,91 +211,3 @@ def _refuse_tied(model: nn.Module, modules: Mapping[str, ModuleSpec]) -> None:
                 f"{other!r} and {name!r} share one weight and only one of them would be "
                 f"quantized; keep it in full precision with Rule(pattern={other!r})."
             )
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One line of a summary.
-
-    Attributes:
-        module: Qualified name; ``"(full precision)"`` for all that is not quantized.
-        scheme: How it is quantized.
-        bits: Bits of one packed weight code, 32 for full precision.
-        packed_bytes: Bytes on disk: codes and scales, without the bias.
-        float_bytes: Bytes of the same in float32.
-    """
-
-    module: str
-    scheme: str
-    bits: int
-    packed_bytes: int
-    float_bytes: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What ``summary`` returns; printing it shows a table.
-
-    Attributes:
-        rows: One per quantized module that holds weights, and one for the rest.
-    """
-
-    rows: tuple[SummaryRow, ...]
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the packed model."""
-        return sum(row.packed_bytes for row in self.rows)
-
-    @property
-    def float_bytes(self) -> int:
-        """Bytes of the model in float32."""
-        return sum(row.float_bytes for row in self.rows)
-
-    def __str__(self) -> str:
-        """Returns the table."""
-        width = max(len(row.module) for row in self.rows)
-        kinds = max(len(row.scheme) for row in self.rows)
-        lines = [f"{'module':<{width}}  {'scheme':<{kinds}}  bits  packed bytes  float32 bytes"]
-        for row in self.rows:
-            lines.append(
-                f"{row.module:<{width}}  {row.scheme:<{kinds}}  {row.bits:>4}  "
-                f"{row.packed_bytes:>12,}  {row.float_bytes:>13,}"
-            )
-        ratio = self.float_bytes / self.packed_bytes
-        lines.append(
-            f"{self.packed_bytes:,} of {self.float_bytes:,} bytes: {ratio:.1f} times smaller"
-        )
-        return "\n".join(lines)
-
-
-def summary(student: nn.Module) -> Summary:
-    """Lists every quantized module of a student with its scheme, bits and packed size.
-
-    Args:
-        student: A model made by ``prepare``.
-
-    Raises:
-        UnsupportedModelError: The model was not prepared.
-    """
-    state = prepared(student)
-    if state is None:
-        raise UnsupportedModelError(
-            f"{type(student).__name__} is not prepared; call tutelage.prepare(model, scheme)."
-        )
-    rows, counted = [], 0
-    for name, spec in state.modules.items():
-        if spec.weight is None:
-            continue
-        weight = cast("torch.Tensor", student.get_submodule(name).weight)
-        grid = WEIGHT_QUANTIZERS[spec.weight.kind].grid
-        scales = weight.shape[0] if spec.weight.granularity == "row" else 1
-        packed = weight.shape[0] * packed_width(weight.shape[1], grid) + 4 * scales
-        text = f"{spec.weight.kind} per {spec.weight.granularity}"
-        if spec.input is not None:
-            text += f", input {spec.input.bits} bits"
-        rows.append(SummaryRow(name, text, grid.bits, packed, 4 * weight.numel()))
-        counted += weight.numel()
-    rest = 4 * (sum(p.numel() for p in student.parameters()) - counted)
-    rows.append(SummaryRow("(full precision)", "float32", 32, rest, rest))
-    return Summary(tuple(rows))

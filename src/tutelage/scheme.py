@@ -68,7 +68,7 @@ class WeightSpec(_Spec):
         if self.kind not in WEIGHT_QUANTIZERS:
             known = ", ".join(repr(kind) for kind in WEIGHT_QUANTIZERS)
             hint = nearest(self.kind, WEIGHT_QUANTIZERS)
-            raise ValueError(f"there is no weight quantizer {self.kind!r}; use one of {known}{hint}")
+            raise ValueError(f"no weight quantizer is called {self.kind!r}; use {known}{hint}")
         return self
 
     def build(self) -> BaseQuantizer:

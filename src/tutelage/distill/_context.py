@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -13,7 +12,8 @@ from ..sites import Signals
 __all__ = ["LossValue", "StepContext"]
 
 
-class LossValue(NamedTuple):
+@dataclass(frozen=True)
+class LossValue:
     """A loss as a sum and the number of items in it, so that parts of a batch combine exactly.
 
     Attributes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from ..errors import DataError

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .._prepare import Prepared, summary
+from .._prepare import Prepared
+from .._summary import summary
 
 __all__ = ["model_card"]
 

@@ -28,7 +28,7 @@ QUANT_METHOD = "tutelage"
 _VERSION = 1
 
 
-class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class PackedConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed model: the scheme and the resolved module map.
 
     Attributes:
@@ -40,7 +40,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self, scheme: dict[str, Any], modules: dict[str, Any], version: int = _VERSION, **_: Any
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = cast("Any", QUANT_METHOD)
         self.scheme = scheme
         self.modules = modules
         self.version = version
@@ -67,7 +67,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+class PackedQuantizer(HfQuantizer):
     """Writes students packed and reads packed models; transformers calls it."""
 
     requires_calibration = True
@@ -180,7 +180,7 @@ def verify_files(files: Iterable[str], modules: Mapping[str, Any]) -> set[str]:
                         "were packed with; restore both files from one save."
                     )
                 expected = record["tensors"]
-                for name in handle.keys():
+                for name in list(handle.keys()):
                     if digest(handle.get_tensor(name)) != expected.get(name):
                         raise ArtefactError(
                             f"the tensor {name!r} in {file} was changed after it was saved; "
@@ -201,9 +201,7 @@ def verify_files(files: Iterable[str], modules: Mapping[str, Any]) -> set[str]:
     return seen
 
 
-def attach_quantizer(
-    model: nn.Module, scheme: Scheme, modules: Mapping[str, ModuleSpec]
-) -> None:
+def attach_quantizer(model: nn.Module, scheme: Scheme, modules: Mapping[str, ModuleSpec]) -> None:
     """Makes ``model.save_pretrained`` write the packed form.
 
     Args:

@@ -87,7 +87,7 @@ def integer_matmul(
     if k <= limit:
         return torch.matmul(a, b)
     total = torch.zeros(
-        torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]) + (a.shape[-2], b.shape[-1]),
+        (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]),
         dtype=torch.float64,
         device=a.device,
     )

@@ -10,7 +10,7 @@ from ._attention import use_attention as use_attention
 from ._embedding import QuantEmbedding as QuantEmbedding
 from ._linear import Arithmetic as Arithmetic
 from ._linear import QuantLinear as QuantLinear
-from ._packed import PackedEmbedding as PackedEmbedding
-from ._packed import PackedLinear as PackedLinear
 from ._linear import quantized_linear as quantized_linear
 from ._linear import scaled_integer_linear as scaled_integer_linear
+from ._packed import PackedEmbedding as PackedEmbedding
+from ._packed import PackedLinear as PackedLinear

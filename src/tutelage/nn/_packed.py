@@ -62,8 +62,8 @@ class PackedLinear(nn.Module):
             arithmetic: How the product is computed.
         """
         rows = module.out_features if quantizer.granularity == "row" else 1
-        module.__class__ = cls
         packed = cast("PackedLinear", module)
+        packed.__class__ = cls
         packed.grid, packed._codes = quantizer.grid, None
         packed.input_quantizer, packed.arithmetic = input, arithmetic
         _hold_packed(packed, packed.out_features, packed.in_features, packed.grid, rows)
@@ -88,10 +88,10 @@ class PackedLinear(nn.Module):
             input: Shape (*batch, in_features).
         """
         if self.input_quantizer is None:
-            weight = self.codes().float() * self.weight_scale
-            return nn.functional.linear(input, weight, self.bias)
-        quantized = self.input_quantizer.quantize(input)
+            values = self.codes().float() * self.weight_scale
+            return nn.functional.linear(input, values, self.bias)
         weight = Quantized(self.codes(), self.weight_scale)
+        quantized = self.input_quantizer.quantize(input)
         return quantized_linear(quantized, weight, self.bias, self.arithmetic)
 
     def extra_repr(self) -> str:
@@ -122,8 +122,8 @@ class PackedEmbedding(nn.Module):
             quantizer: Says grid and granularity of the table.
         """
         rows = module.num_embeddings if quantizer.granularity == "row" else 1
-        module.__class__ = cls
         packed = cast("PackedEmbedding", module)
+        packed.__class__ = cls
         packed.grid = quantizer.grid
         _hold_packed(packed, packed.num_embeddings, packed.embedding_dim, packed.grid, rows)
         return packed

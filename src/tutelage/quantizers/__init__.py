@@ -13,11 +13,11 @@ from ._grid import Grid as Grid
 from ._grid import Quantized as Quantized
 from ._grid import signed as signed
 from ._grid import unsigned as unsigned
+from ._packing import pack as pack
+from ._packing import packed_width as packed_width
+from ._packing import unpack as unpack
 from ._uniform import UniformQuantizer as UniformQuantizer
 from ._uniform import UnsignedQuantizer as UnsignedQuantizer
 from ._weights import BinaryQuantizer as BinaryQuantizer
 from ._weights import FourLevelQuantizer as FourLevelQuantizer
 from ._weights import TernaryQuantizer as TernaryQuantizer
-from ._packing import pack as pack
-from ._packing import packed_width as packed_width
-from ._packing import unpack as unpack

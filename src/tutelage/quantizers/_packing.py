@@ -21,9 +21,7 @@ def packed_width(width: int, grid: Grid) -> int:
     return -(-width // _per_byte(grid))
 
 
-def pack(
-    codes: Shaped[Tensor, "rows width"], grid: Grid
-) -> UInt8[Tensor, "rows packed"]:
+def pack(codes: Shaped[Tensor, "rows width"], grid: Grid) -> UInt8[Tensor, "rows packed"]:
     """Packs integer codes, the first of a row into the lowest bits of its first byte.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .._prepare import prepared
 from ..distill import Distiller, LiveTeacher, TeacherSource, TrainStep
@@ -113,8 +113,7 @@ class QATTrainer(Trainer):
             self.distiller.teacher.model.to(self.args.device)
         self.add_callback(_StepBoundary(self))
         self._step = TrainStep(self.distiller, None)
-        self._sums: dict[str, Tensor] = {}
-        self._steps_summed = 0
+        self._sums: dict[str, tuple[Tensor, int]] = {}
 
     @property
     def active_schedule(self) -> Schedule:
@@ -127,13 +126,19 @@ class QATTrainer(Trainer):
             raise RecipeError("the default schedule is known when training begins.")
         return self._active_schedule
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Trains, or goes on from a checkpoint.
 
         Args:
             resume_from_checkpoint: ``True`` for the newest complete checkpoint in the output
                 folder, or the folder of one.
-            **kwargs: Passed to ``Trainer.train``.
+            trial: As in ``Trainer.train``.
+            ignore_keys_for_eval: As in ``Trainer.train``.
 
         Returns:
             As ``Trainer.train``.
@@ -151,7 +156,7 @@ class QATTrainer(Trainer):
                     "resume_from_checkpoint."
                 )
             resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def training_step(
         self,
@@ -171,21 +176,18 @@ class QATTrainer(Trainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        step, total = self.state.global_step, max(self.state.max_steps, 1)
+        step, length = self.state.global_step, max(self.state.max_steps, 1)
         terms = self._step.accumulate(
             inputs,
             self.active_schedule(step),
-            progress=torch.full((), step / total, device=self.args.device),
+            progress=torch.full((), step / length, device=self.args.device),
             model=model,
             backward=self.accelerator.backward,
             divisor=self.current_gradient_accumulation_steps,
         )
         for name, value in terms.items():
-            if name in self._sums:
-                self._sums[name] += value
-            else:
-                self._sums[name] = value.clone()
-        self._steps_summed += 1
+            total, count = self._sums.get(name, (torch.zeros_like(value), 0))
+            self._sums[name] = (total + value, count + 1)
         return terms["loss"]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -266,16 +268,16 @@ class QATTrainer(Trainer):
             NonFiniteLossError: The loss became NaN or infinite.
         """
         self._refuse_non_finite()
-        if "loss" in logs and self._steps_summed:
-            for name, value in self._sums.items():
+        if "loss" in logs and self._sums:
+            for name, (total, count) in self._sums.items():
                 if name != "loss":
-                    logs[f"loss_{name}"] = value.item() / self._steps_summed
+                    logs[f"loss_{name}"] = total.item() / count
             logs["intervention"] = float(self.state.global_step <= self.active_schedule.steps)
-            self._sums, self._steps_summed = {}, 0
+            self._sums = {}
         super().log(logs, start_time)
 
     def _refuse_non_finite(self) -> None:
-        broken = [name for name, value in self._sums.items() if not torch.isfinite(value).item()]
+        broken = [name for name, (total, _) in self._sums.items() if not torch.isfinite(total)]
         if broken:
             raise NonFiniteLossError(
                 f"the loss ({', '.join(broken)}) became NaN or infinite before step "
@@ -357,7 +359,9 @@ class QATTrainer(Trainer):
             _checkpoint.refuse_other_run(Path(checkpoint), self._run_settings())
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None
+    ) -> None:
         """Writes the packed form with tokenizer and model card into ``output_dir``."""
         if not self.args.should_save:
             return
