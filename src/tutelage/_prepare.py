@@ -17,12 +17,9 @@ from .sites import SiteMap, discover
 
 __all__ = [
     "Prepared",
-    "Summary",
-    "SummaryRow",
     "attach_attention",
     "prepare",
     "prepared",
-    "summary",
 ]
 
 _STATE = "_tutelage"

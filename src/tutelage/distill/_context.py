@@ -32,8 +32,9 @@ class StepContext:
     Attributes:
         student: Signals of the student, with gradient.
         teacher: Signals of the teacher.
-        student_logits: (batch, classes).
-        teacher_logits: (batch, classes).
+        student_logits: (*positions, classes), or the last hidden state of a model without logits.
+        teacher_logits: The teacher's, of the same shape.
+        has_logits: Whether they are logits.
         token_mask: True for real tokens, (batch, tokens); ``None`` where all are real.
         labels: Labels of the batch where a term asked for them.
         stage: Name of the stage.
@@ -42,8 +43,9 @@ class StepContext:
 
     student: Signals
     teacher: Signals
-    student_logits: Float[Tensor, "batch classes"]
-    teacher_logits: Float[Tensor, "batch classes"]
+    student_logits: Float[Tensor, "*positions classes"]
+    teacher_logits: Float[Tensor, "*positions classes"]
+    has_logits: bool
     token_mask: Bool[Tensor, "batch tokens"] | None
     labels: Tensor | None
     stage: str

@@ -16,7 +16,7 @@ from ..intervention import NO_INTERVENTION, Intervention, intervention
 from ..sites import Signals, Site, Tap
 from . import losses as _losses
 from ._context import LossValue, StepContext
-from ._teacher import LiveTeacher, TeacherSource, output_logits
+from ._teacher import LiveTeacher, TeacherSource, prediction
 from .losses import Losses
 
 __all__ = ["SAMPLE_IDS", "Distiller", "StepOutput"]
@@ -33,8 +33,9 @@ class StepOutput:
         loss: Weighted sum of the terms, 0-dim, with gradient.
         terms: Unweighted mean of every term by name.
         values: Every term as (sum, count).
-        student_logits: (batch, classes), with gradient.
-        teacher_logits: (batch, classes).
+        student_logits: (*positions, classes), with gradient; the last hidden state of a model
+            without logits.
+        teacher_logits: The teacher's, of the same shape.
     """
 
     loss: Float[Tensor, ""]
@@ -109,10 +110,12 @@ class Distiller:
 
         Raises:
             IncompatibleTeacherError: The logits of the two differ in shape.
+            UnsupportedModelError: The student recomputes activations in the backward pass.
             RecipeError: The stage is unknown or would leave the attention without gradient.
         """
         active = intervention(stage)
         terms = self.losses.at(stage)
+        self._refuse_checkpointing()
         inputs = dict(batch)
         keys, labels = inputs.pop(SAMPLE_IDS, None), inputs.pop("labels", None)
         sites: set[Site] = {site for weighted in terms for site in weighted.term.requires}
@@ -120,7 +123,7 @@ class Distiller:
         teacher_logits, teacher = self.teacher.get(inputs, keys, want)
         with self._tap(sites, active, teacher, progress) as tap:
             output = (model or self.student)(**inputs)
-        student_logits = output_logits(output)
+        student_logits, has_logits = prediction(output)
         if student_logits.shape != teacher_logits.shape:
             raise IncompatibleTeacherError(
                 f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
@@ -131,6 +134,7 @@ class Distiller:
             teacher=teacher,
             student_logits=student_logits,
             teacher_logits=teacher_logits,
+            has_logits=has_logits,
             token_mask=_token_mask(inputs),
             labels=labels if any(weighted.term.needs_labels for weighted in terms) else None,
             stage=stage,
@@ -140,6 +144,14 @@ class Distiller:
         means = {name: value.sum / value.count for name, value in values.items()}
         loss = torch.stack([means[w.term.name] * w.weight for w in terms]).sum()
         return StepOutput(loss, means, values, student_logits, teacher_logits)
+
+    def _refuse_checkpointing(self) -> None:
+        # The recomputation would run without the intervention and its stop-gradients.
+        if self.student.training and getattr(self.student, "is_gradient_checkpointing", False):
+            raise UnsupportedModelError(
+                "gradient checkpointing is not supported in a distillation step; call "
+                "student.gradient_checkpointing_disable()."
+            )
 
     def _tap(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..errors import IncompatibleTeacherError, UnsupportedModelError
 from ..nn import use_attention
 from ..sites import Signals, Site, SiteMap, Tap, discover
 
-__all__ = ["LiveTeacher", "TeacherSource", "output_logits"]
+__all__ = ["LiveTeacher", "Prediction", "TeacherSource", "prediction"]
 
 
 @runtime_checkable
@@ -37,7 +37,19 @@ class TeacherSource(Protocol):
         ...
 
 
-def output_logits(output: Any) -> Tensor:
+class Prediction(NamedTuple):
+    """What a model predicts.
+
+    Attributes:
+        values: Logits (*positions, classes), or the last hidden state (batch, tokens, width).
+        has_logits: Which of the two.
+    """
+
+    values: Tensor
+    has_logits: bool
+
+
+def prediction(output: Any) -> Prediction:
     """Returns the logits of a model output, or its last hidden state where there are none.
 
     Args:
@@ -49,7 +61,7 @@ def output_logits(output: Any) -> Tensor:
     for name in ("logits", "last_hidden_state"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):
-            return value
+            return Prediction(value, name == "logits")
     raise UnsupportedModelError(
         f"the model returned {type(output).__name__}, which has neither logits nor "
         "last_hidden_state; wrap the model so that it returns one of them."
@@ -99,4 +111,4 @@ class LiveTeacher:
             Tap(self.model, self._sites, want) as tap,
         ):
             output = self.model(**batch)
-        return output_logits(output), tap.signals()
+        return prediction(output).values, tap.signals()

@@ -88,7 +88,8 @@ class Logits:
 
     ``sum_c p_T(c) (log p_T(c) - log p_S(c))``, the Kullback-Leibler divergence, which is zero for
     equal predictions; ``entropy=True`` leaves out ``log p_T``, as the published code does, with the
-    same gradient. With one output (regression) the squared error.
+    same gradient. With one output (regression) the squared error; for a model without logits the
+    squared error of its last hidden state. Predictions per token are compared at real tokens only.
     """
 
     name = "logits"
@@ -104,15 +105,21 @@ class Logits:
         self.entropy = entropy
 
     def __call__(self, context: StepContext) -> LossValue:
-        """Returns the sum over the batch and its size."""
+        """Returns the sum over the predictions and their number."""
         student, teacher = context.student_logits.float(), context.teacher_logits.float()
-        if student.shape[-1] == 1:
-            return LossValue(_squared_error(student, teacher, None), student.numel())
+        tokens = context.token_mask
+        if tokens is not None and student.shape[:-1] != tokens.shape:
+            tokens = None
+        count = student.shape[:-1].numel() if tokens is None else tokens.sum()
+        if student.shape[-1] == 1 or not context.has_logits:
+            mask = None if tokens is None else _floats(tokens, student).unsqueeze(-1)
+            return LossValue(_squared_error(student, teacher, mask) / student.shape[-1], count)
         log_student = torch.log_softmax(student, dim=-1)
         log_teacher = torch.log_softmax(teacher, dim=-1)
         target = log_teacher.exp()
-        terms = target * log_student if self.entropy else target * (log_student - log_teacher)
-        return LossValue(-terms.sum(), student.numel() // student.shape[-1])
+        each = target * log_student if self.entropy else target * (log_student - log_teacher)
+        each = each.sum(-1)
+        return LossValue(-(each if tokens is None else each * _floats(tokens, each)).sum(), count)
 
 
 class LabelCrossEntropy:

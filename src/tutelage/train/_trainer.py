@@ -109,6 +109,11 @@ class QATTrainer(Trainer):
             raise UnsupportedModelError(
                 "QATTrainer does not train sharded models; start it without FSDP and DeepSpeed."
             )
+        if self.args.n_gpu > 1:
+            raise UnsupportedModelError(
+                f"QATTrainer does not split a batch over {self.args.n_gpu} GPUs in one process; "
+                "start it with torchrun or accelerate launch, or show it one GPU."
+            )
         if isinstance(self.distiller.teacher, LiveTeacher):
             self.distiller.teacher.model.to(self.args.device)
         self.add_callback(_StepBoundary(self))
