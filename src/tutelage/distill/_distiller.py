@@ -147,7 +147,9 @@ class Distiller:
 
     def _refuse_checkpointing(self) -> None:
         # The recomputation would run without the intervention and its stop-gradients.
-        if self.student.training and getattr(self.student, "is_gradient_checkpointing", False):
+        if self.student.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in self.student.modules()
+        ):
             raise UnsupportedModelError(
                 "gradient checkpointing is not supported in a distillation step; call "
                 "student.gradient_checkpointing_disable()."
