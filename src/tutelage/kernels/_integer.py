@@ -16,12 +16,23 @@ from torch import Tensor
 __all__ = ["active_path", "integer_linear", "integer_matmul", "resident_codes"]
 
 _EXACT = 2**24
+_INT8 = 127
 
 
 @functools.cache
 def _int8_is_fast() -> bool:
-    """Whether this CPU multiplies int8 faster than float32 (VNNI or AMX)."""
-    return bool(torch.cpu._is_vnni_supported())
+    """Whether this CPU multiplies int8 exactly and faster than float32 (VNNI or AMX).
+
+    Older instructions saturate at 16 bits; the largest operands are tried to be sure.
+    """
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    if supported is None or not supported():
+        return False
+    rows = torch.full((19, 259), _INT8, dtype=torch.int8)
+    columns = torch.full((259, 21), _INT8, dtype=torch.int8)
+    columns[:, ::2] = -_INT8
+    exact = torch.matmul(rows.double(), columns.double())
+    return bool(torch.equal(torch._int_mm(rows, columns).double(), exact))
 
 
 def active_path(device: torch.device) -> str:

@@ -218,10 +218,18 @@ def attention(
 def register_attention() -> None:
     """Registers ``attention`` and its mask function with transformers; idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
 
     AttentionInterface.register(ATTENTION_NAME, attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, _additive_mask)
+
+
+def _additive_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    from transformers.masking_utils import eager_mask
+
+    # Whether a mask can be left out depends on its values, and asking waits for the device.
+    if kwargs.get("attention_mask") is not None:
+        kwargs["allow_is_bidirectional_skip"] = False
+    return eager_mask(*args, **kwargs)
 
 
 def _configs(model: nn.Module) -> list[Any]:
