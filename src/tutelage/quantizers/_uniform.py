@@ -119,7 +119,6 @@ def _amax(x: Tensor, granularity: Granularity) -> Tensor:
     if x.numel() == 0:
         return x.new_zeros([1] * x.dim() if granularity == "tensor" else (*x.shape[:-1], 1))
     if granularity == "tensor":
-        low, high = torch.aminmax(x)
-        return torch.maximum(-low, high).reshape([1] * x.dim())
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    return torch.maximum(low.neg_(), high)
+        return torch.maximum(-x.amin(), x.amax()).reshape([1] * x.dim())
+    # Two passes without a temporary tensor; several times faster than torch.aminmax over rows.
+    return torch.maximum(x.amin(-1, keepdim=True).neg_(), x.amax(-1, keepdim=True))
