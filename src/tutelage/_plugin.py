@@ -15,9 +15,11 @@ _TARGET = "transformers.quantizers.auto"
 
 
 def _register() -> None:
-    from .export._huggingface import register
+    # Where that module is what imports transformers, it registers at its own end.
+    if f"{__package__}.export._huggingface" not in sys.modules:
+        from .export import _huggingface
 
-    register()
+        _huggingface.register()
 
 
 class _Loader(importlib.abc.Loader):

@@ -13,7 +13,7 @@ from .._prepare import Prepared, prepared
 from ..errors import ArtefactError, UnsupportedModelError
 from ._card import model_card
 from ._files import staged_directory, staged_files, write_text
-from ._huggingface import QUANT_METHOD, verify_files
+from ._huggingface import FORMAT_VERSION, QUANT_METHOD, verify_files
 
 __all__ = ["load", "save", "weight_bytes", "write_artefact"]
 
@@ -103,7 +103,13 @@ def _processor_of(model: Any) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except Exception as error:  # whatever an odd file makes transformers raise
+        raise ArtefactError(
+            f"the tokenizer in {source} could not be read ({type(error).__name__}); pass a good "
+            "one as processor."
+        ) from error
 
 
 def load(path: str | Path) -> nn.Module:
@@ -125,17 +131,17 @@ def load(path: str | Path) -> nn.Module:
     from ._huggingface import register
 
     register()
-    names = config.get("architectures") or ["(none)"]
-    cls = getattr(transformers, names[0], None)
-    if cls is None:
-        raise ArtefactError(f"{path} holds a {names[0]!r}, which transformers does not have.")
-    files = weight_files(path)
-    verify_files([str(file) for file in files], config["quantization_config"]["modules"])
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "(none)"
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ArtefactError(f"{path} holds a {name!r}, which is no model of transformers.")
+    verify_files(weight_files(path))
     try:
-        model = cls.from_pretrained(path, local_files_only=True)
+        model = cast("Any", cls).from_pretrained(path, local_files_only=True)
     except ArtefactError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever an odd file makes transformers raise
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtefactError(f"{path} could not be loaded: {line}") from error
     return cast("nn.Module", model.eval())
@@ -174,9 +180,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArtefactError(f"{file} is no valid JSON ({error}).") from error
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method != QUANT_METHOD or "modules" not in config["quantization_config"]:
+    section = config.get("quantization_config") if isinstance(config, dict) else None
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or method != QUANT_METHOD:
         raise ArtefactError(
             f"{path} is no packed model (quant_method is {method!r}); load it with from_pretrained."
+        )
+    if section.get("version") != FORMAT_VERSION:
+        raise ArtefactError(
+            f"{path} is stored in version {section.get('version')} of the packed format, this "
+            f"library reads version {FORMAT_VERSION}; install the tutelage that wrote it."
         )
     return cast("dict[str, Any]", config)

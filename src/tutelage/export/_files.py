@@ -44,16 +44,17 @@ def staged_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputExistsError: The folder is not empty and ``overwrite`` is off.
         ArtefactError: The disk is full or the folder cannot be written; nothing is left behind.
     """
+    path = path.resolve()
     refuse_existing(path, overwrite=overwrite)
     stage = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    created = [parent for parent in stage.parents if not parent.exists()]
+    done = False
     try:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
         yield stage
-        if path.exists():
-            os.rename(path, old)
-        os.rename(stage, path)
+        _exchange(stage, path)
+        done = True
     except OSError as error:
         if isinstance(error, ArtefactError | OutputExistsError):
             raise
@@ -63,7 +64,24 @@ def staged_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if not done:
+            for parent in created:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+def _exchange(stage: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(stage, path)
+        return
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    os.rename(path, old)
+    try:
+        os.rename(stage, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

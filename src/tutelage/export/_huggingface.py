@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import (
@@ -20,12 +22,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ArtefactError
 from ..nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, use_attention
 from ..scheme import ModuleSpec, Scheme
-from ._pack import METADATA_KEY, digest, map_digest, pack_state_dict
+from ._pack import METADATA_KEY, config_digest, digest, pack_state_dict
 
-__all__ = ["QUANT_METHOD", "PackedConfig", "PackedQuantizer", "attach_quantizer", "verify_files"]
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "PackedConfig",
+    "PackedQuantizer",
+    "attach_quantizer",
+    "verify_files",
+]
 
 QUANT_METHOD = "tutelage"
-_VERSION = 1
+FORMAT_VERSION = 1
+"""Version of the packed format."""
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -38,7 +48,11 @@ class PackedConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, scheme: dict[str, Any], modules: dict[str, Any], version: int = _VERSION, **_: Any
+        self,
+        scheme: dict[str, Any],
+        modules: dict[str, Any],
+        version: int = FORMAT_VERSION,
+        **_: Any,
     ) -> None:
         self.quant_method = cast("Any", QUANT_METHOD)
         self.scheme = scheme
@@ -51,10 +65,10 @@ class PackedConfig(QuantizationConfigMixin):
         Raises:
             ArtefactError: The file was written by a later version.
         """
-        if self.version != _VERSION:
+        if self.version != FORMAT_VERSION:
             raise ArtefactError(
                 f"the model is stored in version {self.version} of the packed format, this "
-                f"library reads version {_VERSION}; install the tutelage that wrote it."
+                f"library reads version {FORMAT_VERSION}; install the tutelage that wrote it."
             )
         return {name: ModuleSpec(**spec) for name, spec in self.modules.items()}
 
@@ -90,14 +104,23 @@ class PackedQuantizer(HfQuantizer):
         else:
             state = dict(model.state_dict())
         digests = {name: digest(tensor) for name, tensor in state.items()}
-        record = {"tensors": digests, "modules": map_digest(config.modules)}
+        written = json.loads(model.config.to_json_string())
+        record = {"tensors": digests, "config": config_digest(written)}
         return state, {METADATA_KEY: json.dumps(record)}
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """Packed models compute in float32."""
+        if dtype not in (None, torch.float32):
+            raise ArtefactError(
+                f"a packed model computes in float32, not in {dtype}; leave out dtype."
+            )
+        return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = cast("PackedConfig", self.quantization_config)
-        files = kwargs.get("checkpoint_files") or ()
-        stored = verify_files([str(file) for file in files], config.modules)
-        specs = _on_model(model, config.specs())
+        modules = config.specs()
+        stored = verify_files([Path(str(f)) for f in kwargs.get("checkpoint_files") or ()])
+        specs = _on_model(model, modules)
         with use_attention(model, keep=True):
             for name, spec in specs.items():
                 _hollow(model.get_submodule(name), spec)
@@ -153,18 +176,17 @@ def _refuse_missing(model: nn.Module, stored: Iterable[str]) -> None:
         )
 
 
-def verify_files(files: Iterable[str], modules: Mapping[str, Any]) -> set[str]:
-    """Compares packed files with the digests they carry.
+def verify_files(files: Iterable[Path]) -> set[str]:
+    """Compares packed files, and the ``config.json`` beside them, with the digests they carry.
 
     Args:
         files: The safetensors files of one model.
-        modules: The module map of its ``config.json``.
 
     Returns:
         The names of all tensors.
 
     Raises:
-        ArtefactError: A file is truncated, edited or incomplete, or the map was edited.
+        ArtefactError: A file is truncated, edited or incomplete.
     """
     seen: set[str] = set()
     expected: dict[str, str] = {}
@@ -174,12 +196,13 @@ def verify_files(files: Iterable[str], modules: Mapping[str, Any]) -> set[str]:
                 record = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
                 if record is None:
                     raise ArtefactError(f"{file} carries no digests; save the model again.")
-                if record["modules"] != map_digest(modules):
+                config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+                if record["config"] != config_digest(config):
                     raise ArtefactError(
-                        f"the module map in config.json beside {file} is not the one the weights "
-                        "were packed with; restore both files from one save."
+                        f"{file.parent / 'config.json'} is not the one that {file.name} was saved "
+                        "with; restore both files from one save."
                     )
-                expected = record["tensors"]
+                expected = dict(record["tensors"])
                 for name in list(handle.keys()):
                     if digest(handle.get_tensor(name)) != expected.get(name):
                         raise ArtefactError(
@@ -187,7 +210,7 @@ def verify_files(files: Iterable[str], modules: Mapping[str, Any]) -> set[str]:
                             "restore the file from a good copy."
                         )
                     seen.add(name)
-        except (SafetensorError, ValueError, KeyError, OSError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             if isinstance(error, ArtefactError):
                 raise
             raise ArtefactError(
@@ -210,10 +233,9 @@ def attach_quantizer(model: nn.Module, scheme: Scheme, modules: Mapping[str, Mod
         modules: Its resolved map.
     """
     config = PackedConfig(
-        scheme=scheme.model_dump(mode="json", exclude_defaults=True),
+        scheme=scheme.model_dump(mode="json", exclude_none=True),
         modules={
-            name: spec.model_dump(mode="json", exclude_defaults=True)
-            for name, spec in modules.items()
+            name: spec.model_dump(mode="json", exclude_none=True) for name, spec in modules.items()
         },
     )
     target = cast("Any", model)
@@ -226,3 +248,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(PackedConfig)
         register_quantizer(QUANT_METHOD)(PackedQuantizer)
+
+
+register()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..quantizers import BaseQuantizer, pack
 from ..scheme import ModuleSpec
 
-__all__ = ["METADATA_KEY", "digest", "map_digest", "pack_state_dict"]
+__all__ = ["METADATA_KEY", "config_digest", "digest", "pack_state_dict"]
 
 METADATA_KEY = "tutelage"
 """Key of the safetensors metadata that holds the digests, as JSON."""
@@ -27,9 +27,28 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(head + body).hexdigest()[:16]
 
 
-def map_digest(modules: Mapping[str, Any]) -> str:
-    """Returns a digest of the module map as it stands in ``config.json``."""
-    return hashlib.sha256(json.dumps(modules, sort_keys=True).encode()).hexdigest()[:16]
+_FREE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "tokenizer_class",
+    "transformers_version",
+    "use_cache",
+}
+"""Entries of ``config.json`` that say nothing of the function the model computes."""
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Returns a digest of ``config.json``: of all that determines what the model computes.
+
+    Args:
+        config: Its content; names of labels and the like may change, nothing else.
+    """
+    fixed = {key: value for key, value in config.items() if key not in _FREE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def pack_state_dict(student: nn.Module, modules: Mapping[str, ModuleSpec]) -> dict[str, Tensor]:

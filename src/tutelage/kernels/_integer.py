@@ -17,6 +17,7 @@ __all__ = ["active_path", "integer_linear", "integer_matmul", "resident_codes"]
 
 _EXACT = 2**24
 _INT8 = 127
+_SHORTEST = 16
 
 
 @functools.cache
@@ -72,7 +73,8 @@ def integer_linear(
         The integer-valued product, float32: exact while in_features * 127 * max|weight| < 2^24,
         which holds for ternary weights up to 132,000 inputs.
     """
-    if active_path(x.device) == "int8" and x.numel() and weight.numel():
+    # With a single input torch._int_mm of torch 2.13 returns garbage; short rows gain nothing.
+    if active_path(x.device) == "int8" and x.shape[-1] >= _SHORTEST and x.numel() and len(weight):
         rows = x.reshape(-1, x.shape[-1]).to(torch.int8)
         product = torch._int_mm(rows, weight.to(torch.int8).t())
         return product.float().reshape(*x.shape[:-1], weight.shape[0])

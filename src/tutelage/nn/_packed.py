@@ -134,10 +134,13 @@ class PackedEmbedding(nn.Module):
         Args:
             input: Token indices, any shape.
         """
-        rows = self.weight.view(self.num_embeddings, -1)[input]
+        # Unlike indexing, index_select refuses negative indices, as nn.Embedding does.
+        index = input.reshape(-1)
+        rows = self.weight.view(self.num_embeddings, -1).index_select(0, index)
         codes = unpack(rows, self.embedding_dim, self.grid).float()
         scale = self.weight_scale
-        return codes * (scale[input] if len(scale) > 1 else scale.reshape(1))
+        codes.mul_(scale.index_select(0, index) if len(scale) > 1 else scale)
+        return codes.reshape(*input.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         """Shows shape and grid."""

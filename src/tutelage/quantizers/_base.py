@@ -117,7 +117,7 @@ class BaseQuantizer(nn.Module):
         return x.sum(-1, keepdim=True)
 
     def _count(self, x: Tensor) -> int:
-        return x.numel() if self.granularity == "tensor" else x.shape[-1]
+        return x.numel() if self.granularity == "tensor" or x.dim() == 0 else x.shape[-1]
 
     def extra_repr(self) -> str:
         """Shows the settings."""

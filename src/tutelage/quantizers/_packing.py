@@ -36,13 +36,13 @@ def pack(codes: Shaped[Tensor, "rows width"], grid: Grid) -> UInt8[Tensor, "rows
     rows, width = index.shape
     index = torch.nn.functional.pad(index, (0, -width % per_byte))
     shifts = _shifts(grid, codes.device)
-    lanes = index.reshape(rows, -1, per_byte) << shifts
+    lanes = index.reshape(rows, packed_width(width, grid), per_byte) << shifts
     return lanes.sum(-1, dtype=torch.uint8)
 
 
 def unpack(
-    packed: UInt8[Tensor, "rows packed"], width: int, grid: Grid
-) -> Int8[Tensor, "rows width"]:
+    packed: UInt8[Tensor, "*rows packed"], width: int, grid: Grid
+) -> Int8[Tensor, "*rows width"]:
     """Undoes ``pack``.
 
     Args:

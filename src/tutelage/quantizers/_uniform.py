@@ -57,11 +57,10 @@ class UniformQuantizer(BaseQuantizer):
         x = self._prepare(x)
         top = _amax(x, self.granularity)
         if self.reciprocal:
-            top = torch.where(top >= _TINY * self.grid.hi, top, float(self.grid.hi))
+            top = torch.where(top < _TINY * self.grid.hi, float(self.grid.hi), top)
             factor = self.grid.hi / top
             return Quantized((x * factor).round_(), factor.reciprocal())
-        scale = top / self.grid.hi
-        scale = torch.where(scale >= _TINY, scale, 1.0)
+        scale = _usable(top / self.grid.hi)
         return Quantized((x / scale).round_(), scale)
 
     def extra_repr(self) -> str:
@@ -106,13 +105,17 @@ class UnsignedQuantizer(BaseQuantizer):
             top = x.amax().reshape([1] * x.dim())
         else:
             top = x.amax(-1, keepdim=True)
-        scale = top / self.grid.hi
-        scale = torch.where(scale >= _TINY, scale, 1.0)
+        scale = _usable(top / self.grid.hi)
         return Quantized((x / scale).round_().clamp_(min=0.0), scale)
 
     def extra_repr(self) -> str:
         """Shows the settings."""
         return f"{self.bits} bits, {super().extra_repr()}"
+
+
+def _usable(scale: Tensor) -> Tensor:
+    # 1 on zero rows, and where the scale is subnormal and has too few digits. NaN stays NaN.
+    return torch.where(scale < _TINY, 1.0, scale)
 
 
 def _amax(x: Tensor, granularity: Granularity) -> Tensor:

@@ -38,7 +38,8 @@ class TernaryQuantizer(BaseQuantizer):
         mean = self._sum(magnitude) / max(self._count(w), 1)
         keep = (magnitude > mean * self.threshold).float()
         scale = self._sum(magnitude.mul_(keep)) / self._sum(keep).clamp_(min=1.0)
-        return Quantized(keep.mul_(torch.sign(w)), scale)
+        # Adding 0 makes -0 the 0 that is packed; mean * 0 is NaN for a row whose sum overflowed.
+        return Quantized(keep.mul_(torch.sign(w)).add_(0.0), scale + mean * 0.0)
 
 
 class BinaryQuantizer(BaseQuantizer):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import math
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 
 from tutelage.errors import DataError, nearest
-from tutelage.train.recipe import DataSection
+from tutelage.train._readers import (
+    READERS,
+    decode,
+    file_type,
+    read_content,
+    read_datasets,
+    refuse_empty,
+)
+from tutelage.train._sections import DataSection
 
 __all__ = ["Examples", "read_examples", "read_train_and_eval", "split_examples"]
 
@@ -101,23 +105,23 @@ def read_examples(
     if not source:
         raise DataError("a path or name of data is empty; set data.train and data.eval.")
     path = Path(source).expanduser()
-    suffix = _suffix(path)
+    suffix = file_type(path)
     if path.is_dir() and _class_folders(path):
         return _read_folder(path, source, section)
     if path.is_file():
-        if suffix not in _READERS:
+        if suffix not in READERS:
             raise DataError(
-                f"the type of {source!r} is not known; name it {', '.join(sorted(_READERS))} "
+                f"the type of {source!r} is not known; name it {', '.join(sorted(READERS))} "
                 "(each also with .gz)."
             )
-        columns = _READERS[suffix](_content(path, source), source, section)
-    elif not path.exists() and (suffix in _READERS or source[0] in "./~" or "\\" in source):
+        columns = READERS[suffix](read_content(path, source), source, section)
+    elif not path.exists() and (suffix in READERS or source[0] in "./~" or "\\" in source):
         raise DataError(f"there is no file or folder {source!r}; check the path.")
     else:
         name = section.train_split if split == "train" else section.eval_split_name
-        columns = _read_datasets(source, name)
+        columns = read_datasets(source, name)
     if not columns or not len(next(iter(columns.values()))):
-        _refuse_empty(source)
+        refuse_empty(source)
     return _examples(columns, source, section)
 
 
@@ -238,147 +242,16 @@ def _number(value: str | int | float, row: int, source: str) -> float:
     return number
 
 
-def _suffix(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
-
-
 def _same(first: str, second: str) -> bool:
     one, other = Path(first).expanduser(), Path(second).expanduser()
     return one.exists() and other.exists() and one.samefile(other)
-
-
-def _refuse_empty(source: str) -> NoReturn:
-    raise DataError(f"{source!r} holds no examples; give a file or folder that does.")
-
-
-def _content(path: Path, source: str) -> bytes:
-    try:
-        raw = path.read_bytes()
-        content = gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{source!r} cannot be read ({_line(error)}); copy or download it again."
-        ) from None
-    if not content.strip():
-        _refuse_empty(source)
-    return content
-
-
-def _decode(content: bytes, source: str, section: DataSection) -> str:
-    try:
-        return content.decode(section.encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"line {line} of {source!r} is not valid {section.encoding}; "
-            "set data.encoding to the file's encoding, such as latin-1."
-        ) from None
-
-
-def _read_tsv(content: bytes, source: str, section: DataSection) -> dict[Any, Sequence[Any]]:
-    lines = _decode(content, source, section).split("\n")
-    rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
-    if not rows:
-        _refuse_empty(source)
-    width = len(rows[0])
-    for row, fields in enumerate(rows, start=0 if section.header else 1):
-        if len(fields) > width:
-            raise DataError(
-                f"row {row} of {source!r} has {len(fields)} fields where {width} are expected; "
-                "remove the tab within a field."
-            )
-        fields.extend([""] * (width - len(fields)))
-    return _table(list(zip(*rows, strict=True)), source, section)
-
-
-def _read_csv(content: bytes, source: str, section: DataSection) -> dict[Any, Sequence[Any]]:
-    import pandas as pd
-
-    text = io.StringIO(_decode(content, source, section))
-    try:
-        frame = pd.read_csv(text, header=None, dtype=str, keep_default_na=False)
-    except (ValueError, OverflowError) as error:
-        raise DataError(
-            f"{source!r} is not valid CSV ({_line(error)}); correct that row, or name the file "
-            ".tsv if tabs separate its columns."
-        ) from None
-    return _table([frame[column].tolist() for column in frame], source, section)
-
-
-def _table(
-    columns: Sequence[Sequence[Any]], source: str, section: DataSection
-) -> dict[Any, Sequence[Any]]:
-    if not section.header:
-        return dict(enumerate(columns))
-    names = [str(column[0]).strip() for column in columns]
-    if len(set(names)) < len(names):
-        raise DataError(
-            f"the header of {source!r} names a column twice ({', '.join(names)}); rename one, or "
-            "set data.header=false if the first line is an example."
-        )
-    return {name: column[1:] for name, column in zip(names, columns, strict=True)}
-
-
-def _read_jsonl(content: bytes, source: str, section: DataSection) -> dict[Any, Sequence[Any]]:
-    records = []
-    for number, line in enumerate(_decode(content, source, section).split("\n"), start=1):
-        if line.strip():
-            records.append(_json(line, f"line {number} of {source!r}"))
-    return _records(records, source)
-
-
-def _read_json(content: bytes, source: str, section: DataSection) -> dict[Any, Sequence[Any]]:
-    records = _json(_decode(content, source, section), repr(source))
-    return _records(records if isinstance(records, list) else [None], source)
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not valid JSON ({_line(error)}); correct it.") from None
-
-
-def _records(records: list[Any], source: str) -> dict[Any, Sequence[Any]]:
-    names: dict[str, None] = {}
-    for row, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise DataError(
-                f"row {row} of {source!r} is not an object with named fields; write each example "
-                'as {"text": ..., "label": ...}, in a list in .json, one a line in .jsonl.'
-            )
-        names.update(dict.fromkeys(record))
-    return {name: [record.get(name) for record in records] for name in names}
-
-
-def _read_parquet(content: bytes, source: str, section: DataSection) -> dict[Any, Sequence[Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(pa.BufferReader(content))
-        return {name: table[name].to_pylist() for name in table.column_names}
-    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{source!r} is not a valid Parquet file ({_line(error)}); copy or download it again."
-        ) from None
-
-
-_READERS: dict[str, Callable[[bytes, str, DataSection], dict[Any, Sequence[Any]]]] = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
 
 
 def _class_folders(path: Path) -> list[Path]:
     """Returns the class folders, none if data files lie beside them."""
     folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] not in "._")
     tables = (p for folder in (path, *folders) for p in folder.iterdir())
-    if any(_suffix(p) in (*_READERS, ".arrow") for p in tables):
+    if any(file_type(p) in (*READERS, ".arrow") for p in tables):
         return []
     return folders
 
@@ -397,47 +270,6 @@ def _read_folder(path: Path, source: str, section: DataSection) -> Examples:
                 f"the class folder {str(folder)!r} holds no text files; fill or remove it."
             )
         for file in files:
-            texts.append(_decode(_content(file, str(file)), str(file), section))
+            texts.append(decode(read_content(file, str(file)), str(file), section))
             labels.append(folder.name)
     return Examples(texts, None, labels, source)
-
-
-def _read_datasets(source: str, split: str) -> dict[Any, Sequence[Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"{source!r} is no file or folder, and names of data sets need the package 'datasets'; "
-            "check the path, or run: pip install 'tutelage[data]'."
-        ) from None
-    path, config = (source, None) if Path(source).exists() else _name_and_config(source)
-    try:
-        if (Path(source) / "state.json").exists() or (Path(source) / "dataset_dict.json").exists():
-            found = datasets.load_from_disk(source)
-            table = found[split] if isinstance(found, dict) else found
-        else:
-            table = datasets.load_dataset(path, config, split=split)
-        return {name: _values(table, name) for name in table.column_names}
-    except Exception as error:  # The library raises of any kind, also what its builders raise.
-        raise DataError(
-            f"the split {split!r} of {source!r} could not be loaded by datasets "
-            f"({type(error).__name__}: {_line(error)}); check the path, the name and the split."
-        ) from None
-
-
-def _name_and_config(source: str) -> tuple[str, str | None]:
-    name, _, config = source.partition(":")
-    return name, config or None
-
-
-def _values(table: Any, name: str) -> list[Any]:
-    """Returns a column as a list, class numbers as names (None where there is none)."""
-    feature, values = table.features[name], list(table[name])
-    if hasattr(feature, "int2str"):
-        values = [None if v is None or v < 0 else feature.int2str(v) for v in values]
-    return values
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__

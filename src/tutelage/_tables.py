@@ -1,0 +1,54 @@
+"""The tables that commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .train.evaluation import Evaluation
+    from .train.run import RunResult
+
+__all__ = ["evaluation_table", "result_table"]
+
+
+def result_table(result: RunResult) -> Table:
+    """Returns the table of a run: teacher and student, metric, bytes and ratio.
+
+    Args:
+        result: The figures.
+    """
+    ours, theirs = result.student, result.teacher
+    table = Table(title=f"{result.task}, {result.eval_examples:,} evaluation examples")
+    table.add_column("")
+    table.add_column("teacher\nfloat32", justify="right")
+    table.add_column(f"student\n{result.scheme}", justify="right")
+    for name in [result.metric, *(n for n in ours.metrics if n != result.metric)]:
+        values = (f"{100 * figures.metrics[name]:.2f} %" for figures in (theirs, ours))
+        table.add_row(name.replace("_", " "), *values)
+    if result.agreement is not None and result.kl is not None:
+        table.add_row("agreement", "", f"{100 * result.agreement:.2f} %")
+        table.add_row("KL(teacher || student)", "", f"{result.kl:.4f}")
+    table.add_row("bytes on disk", f"{theirs.bytes:,}", f"{ours.bytes:,}")
+    table.add_row("times smaller", "1.0", f"{result.ratio:.1f}")
+    table.caption = (
+        f"teacher: 4 bytes x {theirs.parameters:,} parameters; student: its weight files"
+    )
+    return table
+
+
+def evaluation_table(found: Evaluation) -> Table:
+    """Returns the table of an evaluation.
+
+    Args:
+        found: The metrics.
+    """
+    table = Table(title=f"{found.task}, {found.examples:,} examples")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name in [found.metric, *(n for n in found.metrics if n != found.metric)]:
+        table.add_row(name.replace("_", " "), f"{100 * found.metrics[name]:.2f} %")
+    table.add_row("bytes on disk", f"{found.bytes:,}")
+    table.caption = f"of {found.source}"
+    return table

@@ -1,0 +1,249 @@
+"""The command ``tutelage``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import ArtefactError, DataError, TutelageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .train.recipe import DataSection
+
+__all__ = ["app", "main"]
+
+# typer carries a copy of click inside; its classes are reached through what it exports.
+_UsageProblem: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="tutelage",
+    help="Small Transformers: 1 to 2 bits per weight, trained while a teacher steps in.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+_Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a saved student.")]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"tutelage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What is trained.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="For instance student.max_steps=200."),
+    ] = None,
+    overwrite: _Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the output folder.")
+    ] = False,
+) -> None:
+    """Train, save and measure the student that a recipe describes."""
+    from .train.recipe import load_recipe
+
+    read = load_recipe(recipe, overrides or [])
+    _quiet()
+    from ._tables import result_table
+    from .train.progress import Progress
+    from .train.run import run_recipe
+
+    console = _console()
+    result = run_recipe(
+        read,
+        overwrite=overwrite,
+        resume=resume,
+        report=_reporter(console),
+        progress=lambda phase: Progress(phase, console),
+    )
+    console.print(result_table(result))
+    _reporter(console)(f"the student is in {result.folder}")
+
+
+@app.command()
+def evaluate(
+    folder: _Folder,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Labelled data; default: the evaluation data of DIR/recipe.yaml."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text column, by name or position.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
+    label: Annotated[str | None, typer.Option(help="Label column, by name or position.")] = None,
+    no_header: Annotated[
+        bool, typer.Option("--no-header", help="The first line is an example.")
+    ] = False,
+    task: Annotated[
+        str | None, typer.Option(help="classification, pair, regression or pair_regression.")
+    ] = None,
+    encoding: Annotated[str | None, typer.Option(help="Encoding of text files.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens after which text is cut.")] = None,
+    metric: Annotated[str | None, typer.Option(help="The headline metric.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Measure a saved student on labelled data."""
+    given = {
+        "text": text,
+        "text_pair": text_pair,
+        "label": label,
+        "header": False if no_header else None,
+        "task": task,
+        "encoding": encoding,
+        "max_length": max_length,
+        "metric": metric,
+    }
+    section = _section(folder, data, {k: v for k, v in given.items() if v is not None})
+    _quiet()
+    from ._tables import evaluation_table
+    from .train.evaluation import evaluate_folder
+
+    found = evaluate_folder(folder, section, data)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        _console().print(evaluation_table(found))
+
+
+@app.command()
+def predict(
+    folder: _Folder,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.")],
+    pair: Annotated[
+        list[str] | None, typer.Option(help="The second text, once for each TEXT.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Label texts with a saved student."""
+    section = _stored_section(folder)
+    if section is not None and section.task.startswith("pair") and not pair:
+        raise DataError(
+            f"the model in {folder} compares two texts; give the second one with --pair TEXT."
+        )
+    _quiet()
+    from .train.evaluation import predict_texts
+
+    length = None if section is None else section.max_length
+    for given, found in zip(texts, predict_texts(folder, texts, pair, length), strict=True):
+        if as_json:
+            typer.echo(json.dumps({"text": given, **asdict(found)}, ensure_ascii=False))
+        elif found.label is None:
+            typer.echo(f"{found.value:.4f}\t{given}")
+        else:
+            typer.echo(f"{found.label}\t{found.probability:.4f}\t{given}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("demo-output"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the student.")] = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Run the main job offline: MiniLM-L6 on BBC News, down to 1.58 bits."""
+    from .demo import DEFAULT_STEPS, run_demo
+
+    _quiet()
+    console = _console()
+    run_demo(output, steps=steps or DEFAULT_STEPS, overwrite=overwrite, console=console)
+
+
+def main() -> None:
+    """Runs the command; what the library refuses becomes one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except TutelageError as error:
+        code = _fail(str(error))
+    except _UsageProblem as error:
+        code = _fail(f"{error.format_message().rstrip('.')}; see tutelage --help.")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        code = _fail(f"{error.strerror}; free some space or name another folder.")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _reporter(console: Console) -> Any:
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _quiet() -> None:
+    """Silences what transformers says while it loads and trains."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _stored_section(folder: Path) -> DataSection | None:
+    from .train.recipe import load_recipe
+
+    file = folder / "recipe.yaml"
+    return load_recipe(file).data if file.is_file() else None
+
+
+def _section(folder: Path, data: str | None, given: dict[str, Any]) -> DataSection:
+    """Returns how data are read: as the options say, else as in the recipe of the folder."""
+    from .train.recipe import recipe_from_dict
+
+    if not folder.is_dir():
+        raise ArtefactError(f"there is no folder {folder}; name one that holds a saved student.")
+    stored = _stored_section(folder)
+    if stored is None and data is None:
+        raise DataError(
+            f"{folder} holds no recipe.yaml that names evaluation data; give some with --data FILE."
+        )
+    values = {} if stored is None else stored.model_dump()
+    if data is not None and stored is None:
+        values = {"train": data, "eval": data}
+    for key in ("text", "text_pair", "label"):
+        if str(given.get(key, "")).isdecimal():
+            given[key] = int(given[key])
+    if stored is None and "text_pair" in given:
+        given.setdefault("task", "pair")
+    tree = {"model": {"name_or_path": "-"}, "data": values | given, "output": "-"}
+    return recipe_from_dict(tree, source="the options").data
+
+
+if __name__ == "__main__":
+    main()

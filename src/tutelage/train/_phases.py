@@ -1,0 +1,199 @@
+"""The two trainings of a run: the teacher's fine-tuning, and the student under the teacher."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+
+from .._prepare import prepare
+from ..export import staged_directory
+from ._arguments import QATArguments
+from ._checkpoint import latest_checkpoint
+from ._models import load_classifier, load_config
+from ._output import CHECKPOINTS, TEACHER
+from ._plan import Plan, save_and_eval_steps
+from ._trainer import QATTrainer
+from .metrics import evaluate_metrics
+from .progress import Progress
+
+__all__ = ["ProgressFactory", "obtain_teacher", "train_student"]
+
+ProgressFactory = Callable[[str], Progress]
+"""From the name of a phase to its display."""
+
+_LOGGING_STEPS = 10
+_KEPT_CHECKPOINTS = 2
+
+
+def obtain_teacher(
+    plan: Plan, report: Callable[[str], None], progress: ProgressFactory | None
+) -> tuple[nn.Module, bool]:
+    """Returns the teacher, fine-tuned first where nobody has a head for the task.
+
+    A fine-tuned teacher is written whole or not at all, and read back, so that a resumed run
+    starts from the same bits.
+
+    Args:
+        plan: The run.
+        report: Told what happens.
+        progress: Makes the display.
+
+    Returns:
+        The teacher, and whether this run (or the one it resumes) fine-tuned it.
+    """
+    if plan.teacher is not None:
+        return plan.teacher, False
+    if plan.model_has_head:
+        return plan.model, False
+    folder = plan.folder / TEACHER
+    if folder.is_dir():
+        report(f"the teacher in {folder} is complete already")
+    else:
+        name = plan.recipe.model.name_or_path
+        report(
+            f"{name} has no classification head for the task: it is fine-tuned first, to be "
+            "the teacher"
+        )
+        _fine_tune(plan, progress)
+    config = load_config(str(folder), "the teacher")
+    return load_classifier(str(folder), config, plan.task, "the teacher"), True
+
+
+def _fine_tune(plan: Plan, progress: ProgressFactory | None) -> None:
+    section, model = plan.recipe.teacher, cast("Any", plan.model)
+    set_seed(plan.recipe.seed)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            num_train_epochs=section.epochs,
+            max_steps=section.max_steps,
+            learning_rate=section.learning_rate,
+            per_device_train_batch_size=section.batch_size,
+            warmup_steps=_share(section.warmup_ratio),
+            weight_decay=section.weight_decay,
+            save_strategy="no",
+            **_common(plan),
+        ),
+        train_dataset=plan.train,
+        data_collator=DataCollatorWithPadding(plan.tokenizer),
+    )
+    _train(trainer, "teacher", progress)
+    with staged_directory(plan.folder / TEACHER) as stage:
+        try:
+            model.save_pretrained(stage)
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error
+        plan.tokenizer.save_pretrained(stage)
+
+
+def train_student(
+    plan: Plan,
+    teacher: nn.Module,
+    report: Callable[[str], None],
+    progress: ProgressFactory | None,
+    *,
+    resume: bool,
+) -> nn.Module:
+    """Trains the student and returns it in eval mode.
+
+    It starts from the model where that has a head of its own, else from the teacher.
+
+    Args:
+        plan: The run.
+        teacher: The teacher.
+        report: Told what happens.
+        progress: Makes the display.
+        resume: Go on from the newest complete checkpoint, if there is one.
+    """
+    section = plan.recipe.student
+    source = plan.model if plan.model_has_head else teacher
+    student = prepare(copy.deepcopy(source), plan.scheme).requires_grad_(True)
+    save_steps, eval_steps = save_and_eval_steps(section)
+    chosen: dict[str, Any] = {}
+    if section.learning_rate is not None:
+        chosen["learning_rate"] = section.learning_rate
+    if eval_steps is not None:
+        chosen |= {"eval_strategy": "steps", "eval_steps": eval_steps}
+    if section.keep == "best":
+        chosen["load_best_model_at_end"] = True
+        chosen["metric_for_best_model"] = plan.task.metric
+        chosen["greater_is_better"] = True
+    set_seed(plan.recipe.seed)
+    trainer = QATTrainer(
+        cast("Any", student),
+        teacher,
+        QATArguments(
+            max_steps=section.max_steps,
+            per_device_train_batch_size=section.batch_size,
+            warmup_steps=_share(section.warmup_ratio),
+            weight_decay=section.weight_decay,
+            qat_optimizer=section.optimizer,
+            save_strategy="steps",
+            save_steps=save_steps,
+            save_total_limit=_KEPT_CHECKPOINTS,
+            **chosen,
+            **_common(plan),
+        ),
+        schedule=plan.schedule,
+        losses=plan.losses,
+        train_dataset=plan.train,
+        eval_dataset=plan.eval,
+        data_collator=DataCollatorWithPadding(plan.tokenizer),
+        processing_class=plan.tokenizer,
+        compute_metrics=lambda found: _metrics(plan, found),
+    )
+    checkpoint = latest_checkpoint(plan.folder / CHECKPOINTS) if resume else None
+    if checkpoint is not None:
+        report(f"the student goes on from {checkpoint}")
+    _train(trainer, "student", progress, checkpoint)
+    return student.eval()
+
+
+def _common(plan: Plan) -> dict[str, Any]:
+    return {
+        "output_dir": str(plan.folder / CHECKPOINTS),
+        "per_device_eval_batch_size": 64,
+        "logging_steps": _LOGGING_STEPS,
+        "seed": plan.recipe.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def _share(ratio: float) -> float:
+    # transformers takes numbers from 1 up for a count of steps.
+    return min(ratio, math.nextafter(1.0, 0.0))
+
+
+def _train(
+    trainer: Trainer,
+    phase: str,
+    progress: ProgressFactory | None,
+    checkpoint: Path | None = None,
+) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    shown = None if progress is None else progress(phase)
+    try:
+        if shown is not None:
+            shown.attach(trainer)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        if shown is not None:
+            shown.close()
+
+
+def _metrics(plan: Plan, found: Any) -> dict[str, float]:
+    logits = found.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return evaluate_metrics(plan.task.kind, logits, found.label_ids)

@@ -1,0 +1,193 @@
+"""Everything about a run that can be checked before anything is trained or written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .._prepare import prepare
+from ..distill import Distiller, losses
+from ..distill.losses import Losses
+from ..errors import DataError, IncompatibleTeacherError, RecipeError
+from ..intervention import Schedule
+from ..scheme import Scheme
+from ._models import encode_for, load_classifier, load_config, load_tokenizer, position_limit
+from .data import read_train_and_eval
+from .recipe import Recipe, StudentSection
+from .tasks import EncodedDataset, TextTask, build_task, has_head
+
+__all__ = ["Plan", "make_losses", "make_plan", "make_schedule", "save_and_eval_steps"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was found to be possible.
+
+    Attributes:
+        recipe: The portable recipe.
+        folder: Where the result goes.
+        scheme: The student's scheme.
+        schedule: When the teacher intervenes.
+        losses: The student's losses.
+        task: Labels and metric.
+        tokenizer: The models' tokenizer.
+        train: Training examples as token ids.
+        eval: Evaluation examples as token ids.
+        model: The model to compress, with a head, fresh or its own.
+        model_has_head: Whether the head is its own.
+        teacher: The teacher that the recipe names; ``None`` where it is the model itself.
+    """
+
+    recipe: Recipe
+    folder: Path
+    scheme: Scheme
+    schedule: Schedule
+    losses: Losses
+    task: TextTask
+    tokenizer: Any
+    train: EncodedDataset
+    eval: EncodedDataset
+    model: nn.Module
+    model_has_head: bool
+    teacher: nn.Module | None
+
+
+def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
+    """Checks a recipe against its data and models, and loads them; writes nothing.
+
+    Args:
+        recipe: The portable recipe.
+        report: Told what the user may want to know.
+
+    Raises:
+        TutelageError: Something does not exist or does not fit.
+    """
+    scheme = Scheme.preset(recipe.student.scheme)
+    schedule, terms = make_schedule(recipe), make_losses(recipe.student)
+    save_and_eval_steps(recipe.student)
+    name, teacher_name = recipe.model.name_or_path, recipe.model.teacher
+    config = load_config(name)
+    guide = config if teacher_name is None else load_config(teacher_name, "model.teacher")
+    if teacher_name is not None and not has_head(guide):
+        raise RecipeError(
+            f"model.teacher {teacher_name!r} has no sequence classification head; give a "
+            "fine-tuned model, or leave model.teacher out to have the model fine-tuned."
+        )
+    train, eval = read_train_and_eval(recipe.data)
+    task = build_task(train, recipe.data, eval, guide)
+    tokenizer = load_tokenizer(name)
+    _refuse_other_labels(config, guide)
+    model = load_classifier(name, config, task)
+    teacher = None
+    if teacher_name is not None:
+        _refuse_other_tokenizer(tokenizer, teacher_name)
+        teacher = load_classifier(teacher_name, guide, task, "model.teacher")
+    _try(model, teacher, scheme, terms)
+    limit = _token_limit(recipe, model, teacher, tokenizer, report)
+    return Plan(
+        recipe=recipe,
+        folder=Path(recipe.output),
+        scheme=scheme,
+        schedule=schedule,
+        losses=terms,
+        task=task,
+        tokenizer=tokenizer,
+        train=encode_for(model, task, train, tokenizer, limit),
+        eval=encode_for(model, task, eval, tokenizer, limit),
+        model=model,
+        model_has_head=has_head(config),
+        teacher=teacher,
+    )
+
+
+def make_schedule(recipe: Recipe) -> Schedule:
+    """Returns the schedule that a recipe describes."""
+    section, steps = recipe.schedule, recipe.schedule_steps
+    if section.kind == "none":
+        return Schedule.none()
+    if section.kind == "constant":
+        return Schedule.constant(str(section.stage), steps)
+    if section.kind == "stochastic":
+        return Schedule.stochastic(steps, recipe.seed)
+    return Schedule.inverted(steps) if section.kind == "inverted" else Schedule.gradual(steps)
+
+
+def make_losses(section: StudentSection) -> Losses:
+    """Returns the losses that a recipe describes."""
+    found = losses.default() if section.losses == "default" else losses.reference()
+    return found if section.local is None else found.with_local(section.local)
+
+
+def save_and_eval_steps(section: StudentSection) -> tuple[int, int | None]:
+    """Returns the steps between checkpoints, and between evaluations (``None`` for no evaluation).
+
+    Raises:
+        RecipeError: ``keep="best"`` with checkpoints at other steps than evaluations.
+    """
+    usual = max(50, section.max_steps // 4)
+    if section.keep == "last":
+        return section.save_steps or usual, section.eval_steps
+    steps = section.eval_steps or section.save_steps or usual
+    if section.save_steps not in (None, steps):
+        raise RecipeError(
+            f"student.save_steps is {section.save_steps} and student.eval_steps {steps}, but "
+            "keep='best' saves at every evaluation; leave save_steps out."
+        )
+    return steps, steps
+
+
+def _refuse_other_labels(config: Any, guide: Any) -> None:
+    if config is guide or not has_head(config):
+        return
+    own, other = ({int(i): str(n) for i, n in c.id2label.items()} for c in (config, guide))
+    named = [not all(n == f"LABEL_{i}" for i, n in names.items()) for names in (own, other)]
+    folded = [{i: n.casefold() for i, n in names.items()} for names in (own, other)]
+    if len(own) != len(other) or (all(named) and folded[0] != folded[1]):
+        raise IncompatibleTeacherError(
+            f"the labels of the model ({', '.join(own.values())}) are not those of the teacher "
+            f"({', '.join(other.values())}); give models of the same labels in the same order."
+        )
+
+
+def _refuse_other_tokenizer(tokenizer: Any, teacher: str) -> None:
+    try:
+        other = load_tokenizer(teacher, "model.teacher")
+    except RecipeError:
+        return
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise IncompatibleTeacherError(
+            f"model.teacher {teacher!r} has another vocabulary than the model; give a teacher with "
+            "the same tokenizer."
+        )
+
+
+def _try(model: nn.Module, teacher: nn.Module | None, scheme: Scheme, terms: Losses) -> None:
+    """Prepares a copy, so that a model that cannot be a student is refused at once."""
+    trial = prepare(copy.deepcopy(model), scheme)
+    Distiller(trial, copy.deepcopy(model) if teacher is None else teacher, terms)
+
+
+def _token_limit(
+    recipe: Recipe,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer: Any,
+    report: Callable[[str], None],
+) -> int:
+    wanted = recipe.data.max_length
+    limits = [position_limit(m) for m in (model, teacher) if m is not None]
+    limit = min([wanted, *(n for n in limits if n is not None)])
+    special = tokenizer.num_special_tokens_to_add(pair=recipe.data.text_pair is not None)
+    if limit <= special:
+        raise DataError(
+            f"data.max_length {limit} leaves no room for text beside {special} special tokens; "
+            "raise it."
+        )
+    if limit < wanted:
+        report(f"texts are cut after {limit} tokens: the model has no more positions")
+    return limit
