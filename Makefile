@@ -61,7 +61,7 @@ $(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml
 venv: $(DEV_STAMP)
 
 demo: $(DEMO_STAMP)
-	$(BIN)/tutelage demo $(DEMO_ARGS)
+	$(BIN)/tutelage demo --overwrite $(DEMO_ARGS)
 
 test: lint typecheck pytest
 

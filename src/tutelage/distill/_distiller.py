@@ -68,13 +68,18 @@ class Distiller:
             losses: ``losses.default()`` if ``None``.
 
         Raises:
-            UnsupportedModelError: The student was not prepared.
+            UnsupportedModelError: The student was not prepared, or is frozen.
             IncompatibleTeacherError: Shapes differ, or parameters are shared.
         """
         state = prepared(student)
         if state is None:
             raise UnsupportedModelError(
                 "the student is not prepared; call tutelage.prepare(model, scheme) first."
+            )
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise UnsupportedModelError(
+                "no parameter of the student requires a gradient (a copy of a teacher in use is "
+                "frozen as it is); call student.requires_grad_(True)."
             )
         if isinstance(teacher, nn.Module):
             _refuse_shared(student, teacher)
@@ -147,9 +152,7 @@ class Distiller:
 
     def _refuse_checkpointing(self) -> None:
         # The recomputation would run without the intervention and its stop-gradients.
-        if self.student.training and any(
-            getattr(module, "gradient_checkpointing", False) for module in self.student.modules()
-        ):
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.student.modules()):
             raise UnsupportedModelError(
                 "gradient checkpointing is not supported in a distillation step; call "
                 "student.gradient_checkpointing_disable()."

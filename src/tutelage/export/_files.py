@@ -53,6 +53,7 @@ def staged_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
         yield stage
+        _readable(stage)
         _exchange(stage, path)
         done = True
     except OSError as error:
@@ -68,6 +69,15 @@ def staged_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             for parent in created:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
+
+
+def _readable(folder: Path) -> None:
+    """Gives files the usual permissions; safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def _exchange(stage: Path, path: Path) -> None:
@@ -101,6 +111,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
         yield stage
+        _readable(stage)
         for file in sorted(stage.iterdir()):
             os.replace(file, folder / file.name)
     except OSError as error:

@@ -23,6 +23,8 @@ class QATArguments(TrainingArguments):
         logging_nan_inf_filter: Off; it waits for the device at every step and hides NaN.
         qat_optimizer: ``"adamw"`` follows ``optim``; ``"bert_adam"`` is the published optimizer
             without bias correction, which clips every tensor on its own and not the whole gradient.
+        dropout: Train the student with its dropout on, as the published code does. Off by default:
+            the teacher's signals carry none, and what dropout adds is noise in every loss term.
     """
 
     learning_rate: float = field(default=5e-4)
@@ -33,6 +35,7 @@ class QATArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=32)
     per_device_eval_batch_size: int = field(default=64)
     qat_optimizer: Literal["adamw", "bert_adam"] = field(default="adamw")
+    dropout: bool = field(default=False)
 
     def __post_init__(self) -> None:
         """Completes and checks the settings."""

@@ -136,6 +136,7 @@ def train_student(
             warmup_steps=_share(section.warmup_ratio),
             weight_decay=section.weight_decay,
             qat_optimizer=section.optimizer,
+            dropout=section.dropout,
             save_strategy="steps",
             save_steps=save_steps,
             save_total_limit=_KEPT_CHECKPOINTS,

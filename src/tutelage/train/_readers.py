@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tutelage.errors import DataError
-from tutelage.train._sections import DataSection
+from ..errors import DataError
+from ._sections import DataSection
 
 __all__ = ["READERS", "decode", "file_type", "read_content", "read_datasets", "refuse_empty"]
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from tutelage.errors import nearest
-from tutelage.train.metrics import METRICS
+from ..errors import nearest
+from .metrics import METRICS
 
 __all__ = [
     "SECTIONS",
@@ -179,6 +179,7 @@ class StudentSection(_Section):
         default=None, description="distillation of a replaced signal; default: the library's"
     )
     optimizer: Literal["adamw", "bert_adam"] = Field(default="adamw", description="optimizer")
+    dropout: bool = Field(default=False, description="train the student with its dropout on")
     max_steps: Positive = Field(default=300, description="training steps")
     learning_rate: Rate | None = Field(
         default=None, description="peak learning rate; default: the library's"

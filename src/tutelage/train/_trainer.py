@@ -179,7 +179,8 @@ class QATTrainer(Trainer):
         Returns:
             The detached loss.
         """
-        model.train()
+        # Transformers differ between the two modes in their dropout alone.
+        model.train(getattr(self.args, "dropout", True))
         inputs = self._prepare_inputs(inputs)
         step, length = self.state.global_step, max(self.state.max_steps, 1)
         terms = self._step.accumulate(
@@ -306,6 +307,7 @@ class QATTrainer(Trainer):
             "batch_size": self.args.per_device_train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "processes": self.args.world_size,
+            "dropout": getattr(self.args, "dropout", True),
             "seed": self.args.seed,
         }
 

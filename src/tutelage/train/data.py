@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tutelage.errors import DataError, nearest
-from tutelage.train._readers import (
+from ..errors import DataError, nearest
+from ._readers import (
     READERS,
     decode,
     file_type,
@@ -19,7 +19,7 @@ from tutelage.train._readers import (
     read_datasets,
     refuse_empty,
 )
-from tutelage.train._sections import DataSection
+from ._sections import DataSection
 
 __all__ = ["Examples", "read_examples", "read_train_and_eval", "split_examples"]
 

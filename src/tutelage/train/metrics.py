@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.errors import DataError, NonFiniteLossError
+from ..errors import DataError, NonFiniteLossError
 
 __all__ = ["METRICS", "Metric", "agreement", "evaluate_metrics", "kl_divergence"]
 

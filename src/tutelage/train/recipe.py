@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tutelage.errors import ArtefactError, RecipeError, nearest
-from tutelage.train._sections import (
+from ..errors import ArtefactError, RecipeError, nearest
+from ..export import write_text
+from ._sections import (
     SECTIONS,
     DataSection,
     ModelSection,
@@ -106,18 +105,10 @@ def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     text = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
-    temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        write_text(target, text)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise ArtefactError(
             f"the recipe could not be written to {str(target)!r} ({error.strerror or error}); "
             "free some space or choose another folder."

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from tutelage.errors import DataError
-from tutelage.train.data import Examples
-from tutelage.train.metrics import METRICS
-from tutelage.train.recipe import DataSection
+from ..errors import DataError
+from .data import Examples
+from .metrics import METRICS
+from .recipe import DataSection
 
 __all__ = ["EncodedDataset", "TextTask", "build_task", "has_head"]
 
