@@ -137,6 +137,9 @@ def write_text(path: Path, text: str) -> None:
         stage.write_text(text, encoding="utf-8")
         os.replace(stage, path)
     except OSError as error:
-        raise ArtefactError(f"could not write {path} ({error.strerror or error}).") from error
+        raise ArtefactError(
+            f"could not write {path} ({error.strerror or error}); free some space or name another "
+            "folder."
+        ) from error
     finally:
         stage.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
@@ -107,12 +108,12 @@ def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     text = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, text)
     except OSError as error:
         raise ArtefactError(
             f"the recipe could not be written to {str(target)!r} ({error.strerror or error}); "
-            "free some space or choose another folder."
+            "choose another folder."
         ) from None
+    write_text(target, text)
 
 
 class _Loader(yaml.SafeLoader):
