@@ -44,10 +44,12 @@ class _Spec(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or type(self).__name__
-            message = first["msg"].removeprefix("Value error, ")
+            where = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ").rstrip(".")
             hint = nearest(where, type(self).model_fields) if "extra" in first["type"] else ""
-            raise SchemeError(f"{type(self).__name__}: {where}: {message}.{hint}") from None
+            place = f"{type(self).__name__}: {where}: " if where else f"{type(self).__name__}: "
+            stop = "" if message.endswith("?") else "."
+            raise SchemeError(f"{place}{message}{stop}{hint}") from None
 
 
 class WeightSpec(_Spec):

@@ -76,13 +76,15 @@ class Distiller:
             raise UnsupportedModelError(
                 "the student is not prepared; call tutelage.prepare(model, scheme) first."
             )
+        model = teacher.model if isinstance(teacher, LiveTeacher) else teacher
+        if isinstance(model, nn.Module):
+            _refuse_shared(student, model)
         if not any(parameter.requires_grad for parameter in student.parameters()):
             raise UnsupportedModelError(
                 "no parameter of the student requires a gradient (a copy of a teacher in use is "
                 "frozen as it is); call student.requires_grad_(True)."
             )
         if isinstance(teacher, nn.Module):
-            _refuse_shared(student, teacher)
             teacher = LiveTeacher(teacher)
         self.student = student
         self.teacher: TeacherSource = teacher
@@ -115,12 +117,14 @@ class Distiller:
 
         Raises:
             IncompatibleTeacherError: The logits of the two differ in shape.
-            UnsupportedModelError: The student recomputes activations in the backward pass.
+            UnsupportedModelError: The student recomputes activations in the backward pass, or
+                autocast is on.
             RecipeError: The stage is unknown or would leave the attention without gradient.
         """
         active = intervention(stage)
         terms = self.losses.at(stage)
         self._refuse_checkpointing()
+        self._refuse_autocast()
         inputs = dict(batch)
         keys, labels = inputs.pop(SAMPLE_IDS, None), inputs.pop("labels", None)
         sites: set[Site] = {site for weighted in terms for site in weighted.term.requires}
@@ -156,6 +160,14 @@ class Distiller:
             raise UnsupportedModelError(
                 "gradient checkpointing is not supported in a distillation step; call "
                 "student.gradient_checkpointing_disable()."
+            )
+
+    def _refuse_autocast(self) -> None:
+        device = next(self.student.parameters()).device
+        if torch.is_autocast_enabled(device.type):
+            raise UnsupportedModelError(
+                "a distillation step runs in float32: autocast would round integer products; "
+                "leave the autocast context."
             )
 
     def _tap(

@@ -99,7 +99,14 @@ class Tap:
             out[site] = tuple(found[i] for i in range(expected))
         return out
 
-    def _see(self, site: Site, index: int, tensor: Tensor) -> Tensor:
+    def _see(self, site: Site, index: int | None, tensor: Tensor) -> Tensor:
+        if index is None:
+            if site == "embeddings":
+                return tensor
+            raise SiteError(
+                f"a block of {type(self._model).__name__} ran more often than in the traced pass "
+                f"({site!r}); its depth must not depend on the input."
+            )
         if site in self._record:
             self._found[site].setdefault(index, tensor)
         if site == self._replace and self._with is not None:
@@ -156,7 +163,7 @@ class Tap:
                 module: nn.Module, args: Any, out: Any, turn: Any = turn, site: Site = site
             ) -> Any:
                 tensor = out[0] if isinstance(out, tuple) else out
-                seen = self._see(site, next(turn), tensor)
+                seen = self._see(site, next(turn, None), tensor)
                 if seen is tensor:
                     return None
                 return (seen, *out[1:]) if isinstance(out, tuple) else seen
@@ -177,10 +184,10 @@ class Tap:
                 site: Site = site,
             ) -> Any:
                 if args:
-                    seen = self._see(site, next(turn), args[0])
+                    seen = self._see(site, next(turn, None), args[0])
                     return None if seen is args[0] else ((seen, *args[1:]), kwargs)
                 key = next(iter(kwargs))
-                seen = self._see(site, next(turn), kwargs[key])
+                seen = self._see(site, next(turn, None), kwargs[key])
                 return None if seen is kwargs[key] else (args, {**kwargs, key: seen})
 
             module = self._model.get_submodule(name)
@@ -188,7 +195,9 @@ class Tap:
 
 
 class _Probe:
-    def __init__(self, see: Callable[[Site, int, Tensor], Tensor], indices: list[int]) -> None:
+    def __init__(
+        self, see: Callable[[Site, int | None, Tensor], Tensor], indices: list[int]
+    ) -> None:
         self._see = see
         self._scores, self._maps = iter(indices), iter(indices)
 
@@ -196,10 +205,10 @@ class _Probe:
         pass
 
     def scores(self, scores: Tensor) -> None:
-        self._see("attention_scores", next(self._scores), scores)
+        self._see("attention_scores", next(self._scores, None), scores)
 
     def attention_map(self, attention_map: Tensor) -> Tensor:
-        return self._see("attention_map", next(self._maps), attention_map)
+        return self._see("attention_map", next(self._maps, None), attention_map)
 
 
 def _detach_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

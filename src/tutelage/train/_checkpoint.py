@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -115,9 +115,11 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     """
     manifest = checkpoint / MANIFEST
     try:
-        content: dict[str, Any] = json.loads(manifest.read_text())
-        files: dict[str, int] = content["files"]
-    except (OSError, ValueError, KeyError) as error:
+        content = json.loads(manifest.read_text())
+        files, run = content["files"], content["run"]
+        if not (isinstance(files, dict) and isinstance(run, dict)):
+            raise TypeError("not a manifest")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint} is no complete checkpoint ({MANIFEST} is missing or damaged); resume "
             "from another one."
@@ -134,7 +136,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
                 f"{file} has {file.stat().st_size} bytes instead of {files[name]}; resume from "
                 "another checkpoint."
             )
-    return content
+    return cast("dict[str, Any]", content)
 
 
 def refuse_other_run(checkpoint: Path, run: Mapping[str, Any]) -> None:
@@ -142,15 +144,15 @@ def refuse_other_run(checkpoint: Path, run: Mapping[str, Any]) -> None:
 
     Args:
         checkpoint: A complete checkpoint.
-        run: The present settings.
+        run: The present settings; those that are not known yet may be left out.
 
     Raises:
         CheckpointError: A setting differs.
     """
     stored = verify(checkpoint)["run"]
     current = json.loads(json.dumps(dict(run)))
-    for key in sorted({*stored, *current}):
-        if stored.get(key) != current.get(key):
+    for key in sorted(current):
+        if stored.get(key) != current[key]:
             raise CheckpointError(
                 f"{checkpoint} is of a run with {key} = {stored.get(key)!r}, now it is "
                 f"{current.get(key)!r}; resume with the settings of that run, or start a new one."

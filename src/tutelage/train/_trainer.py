@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .._prepare import prepared
-from ..distill import Distiller, LiveTeacher, TeacherSource, TrainStep
+from ..distill import SAMPLE_IDS, Distiller, LiveTeacher, LossTerm, TeacherSource, TrainStep
 from ..distill.losses import Losses
 from ..errors import CheckpointError, NonFiniteLossError, RecipeError, UnsupportedModelError
 from ..export import write_artefact
@@ -109,6 +109,11 @@ class QATTrainer(Trainer):
             raise UnsupportedModelError(
                 "QATTrainer does not train sharded models; start it without FSDP and DeepSpeed."
             )
+        if self.args.bf16 or self.args.fp16:
+            raise UnsupportedModelError(
+                "QATTrainer trains in float32: integer products would be rounded; leave out bf16 "
+                "and fp16."
+            )
         if self.args.n_gpu > 1:
             raise UnsupportedModelError(
                 f"QATTrainer does not split a batch over {self.args.n_gpu} GPUs in one process; "
@@ -152,6 +157,7 @@ class QATTrainer(Trainer):
             CheckpointError: There is no complete checkpoint, or it belongs to another run.
             NonFiniteLossError: The loss became NaN or infinite.
         """
+        self._active_schedule = self.schedule
         if resume_from_checkpoint is True:
             folder = Path(cast("str", self.args.output_dir))
             found = _checkpoint.latest_checkpoint(folder)
@@ -195,6 +201,17 @@ class QATTrainer(Trainer):
             total, count = self._sums.get(name, (torch.zeros_like(value), 0))
             self._sums[name] = (total + value, count + 1)
         return terms["loss"]
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates a batch without intervention; see ``Trainer.prediction_step``."""
+        inputs = {key: value for key, value in inputs.items() if key != SAMPLE_IDS}
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = cast("list[str]", self._signature_columns)
+        if SAMPLE_IDS not in columns:
+            columns.append(SAMPLE_IDS)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Makes the optimizer; the published one where the arguments ask for it."""
@@ -285,6 +302,7 @@ class QATTrainer(Trainer):
     def _refuse_non_finite(self) -> None:
         broken = [name for name, (total, _) in self._sums.items() if not torch.isfinite(total)]
         if broken:
+            self._sums = {}
             raise NonFiniteLossError(
                 f"the loss ({', '.join(broken)}) became NaN or infinite before step "
                 f"{self.state.global_step + 1}; lower the learning rate (now "
@@ -292,27 +310,46 @@ class QATTrainer(Trainer):
             )
 
     def _run_settings(self) -> dict[str, Any]:
+        """Returns what makes the run what it is, as far as it is known."""
         state = prepared(cast("nn.Module", self.model))
         assert state is not None
-        losses = self.distiller.losses
-        return {
+        losses, args = self.distiller.losses, self.args
+        known: dict[str, Any] = {
             "scheme": state.scheme.model_dump(mode="json"),
-            "schedule": repr(self.active_schedule),
-            "losses": {w.term.name: w.weight for w in losses.terms},
+            "losses": [(_describe(w.term), w.weight) for w in losses.terms],
             "local": losses.local,
-            "optimizer": f"{getattr(self.args, 'qat_optimizer', 'adamw')}/{self.args.optim}",
-            "learning_rate": self.args.learning_rate,
-            "lr_scheduler_type": str(self.args.lr_scheduler_type),
-            "max_steps": self.state.max_steps,
-            "batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "processes": self.args.world_size,
-            "dropout": getattr(self.args, "dropout", True),
-            "seed": self.args.seed,
+            "optimizer": f"{getattr(args, 'qat_optimizer', 'adamw')}/{args.optim}",
+            "learning_rate": args.learning_rate,
+            "lr_scheduler_type": str(args.lr_scheduler_type),
+            "lr_scheduler_kwargs": str(args.lr_scheduler_kwargs),
+            "warmup_steps": args.warmup_steps,
+            "weight_decay": args.weight_decay,
+            "max_grad_norm": args.max_grad_norm,
+            "adam": [args.adam_beta1, args.adam_beta2, args.adam_epsilon],
+            "batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "dropout": getattr(args, "dropout", True),
+            "seed": args.seed,
         }
+        if self._active_schedule is not None:
+            known["schedule"] = repr(self._active_schedule)
+        if self.state.max_steps > 0:
+            known["max_steps"] = self.state.max_steps
+        return known
+
+    def _refuse_broken_weights(self) -> None:
+        for name, parameter in cast("nn.Module", self.model).named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteLossError(
+                    f"the weight {name!r} became NaN or infinite at step {self.state.global_step}; "
+                    "nothing was saved, lower the learning rate (now "
+                    f"{self.args.learning_rate:g})."
+                )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._refuse_non_finite()
+        self._refuse_broken_weights()
         run_dir = Path(self._get_output_dir(trial))
         checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
         self.store_flos()
@@ -353,6 +390,7 @@ class QATTrainer(Trainer):
             known[name] = callback.state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        _checkpoint.refuse_other_run(Path(resume_from_checkpoint), self._run_settings())
         _checkpoint.load_latent(
             cast("nn.Module", model or self.model), Path(resume_from_checkpoint)
         )
@@ -372,6 +410,7 @@ class QATTrainer(Trainer):
         """Writes the packed form with tokenizer and model card into ``output_dir``."""
         if not self.args.should_save:
             return
+        self._refuse_broken_weights()
         folder = Path(output_dir if output_dir is not None else cast("str", self.args.output_dir))
         metrics = {
             key: value
@@ -386,3 +425,8 @@ class QATTrainer(Trainer):
         if self.processing_class is not None:
             return self.processing_class
         return getattr(self.data_collator, "tokenizer", None)
+
+
+def _describe(term: LossTerm) -> str:
+    settings = ", ".join(f"{key}={value!r}" for key, value in sorted(vars(term).items()))
+    return f"{type(term).__name__}({settings})"
