@@ -284,13 +284,16 @@ def trainer_for(
     callbacks: Any = None,
     compute_metrics: Any = None,
     eval_rows: int = 0,
-    dropout: float = 0.1,
+    rate: float = 0.1,
     **settings: Any,
 ) -> Any:
-    """Makes a trainer of a tiny student: 9 steps of 4 sentences, 6 steps an epoch."""
+    """Makes a trainer of a tiny student: 9 steps of 4 sentences, 6 steps an epoch.
+
+    Dropout is on, with probability ``rate``, so that the random state matters.
+    """
     _spare_the_collector()
     if student is None:
-        student, teacher = pair(family, preset, dropout=dropout)
+        student, teacher = pair(family, preset, dropout=rate)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 9,
@@ -298,6 +301,7 @@ def trainer_for(
         "save_strategy": "no",
         "logging_strategy": "no",
         "learning_rate": 1e-3,
+        "dropout": True,
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,

@@ -1,14 +1,18 @@
-"""The optimizer of the published code, and what happens to optimizer state between the steps."""
+"""The optimizer of the published code, and what happens between the two steps of a training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
+from transformers.optimization import get_scheduler
 
-__all__ = ["BertAdam", "reset_state"]
+from ..errors import RecipeError
+
+__all__ = ["BertAdam", "reset_state", "two_step_multiplier"]
 
 
 class BertAdam(torch.optim.Optimizer):
@@ -102,3 +106,41 @@ def reset_state(optimizer: torch.optim.Optimizer) -> None:
         for value in state.values():
             if isinstance(value, Tensor):
                 value.zero_()
+
+
+def two_step_multiplier(
+    arguments: TrainingArguments, first: int, total: int
+) -> Callable[[int], float]:
+    """Returns the factor of the learning rate at each global step.
+
+    Each of the two steps has a warm-up and a decay of its own.
+
+    Args:
+        arguments: Say ``lr_scheduler_type`` and ``warmup_steps``.
+        first: Length of the first step, 0 for none.
+        total: Length of the training.
+
+    Raises:
+        RecipeError: ``lr_scheduler_type`` depends on more than the step.
+    """
+    before, after = _multiplier(arguments, first), _multiplier(arguments, total - first)
+    return lambda step: before(step) if step < first else after(step - first)
+
+
+def _multiplier(arguments: TrainingArguments, steps: int) -> Callable[[int], float]:
+    if steps == 0:
+        return lambda step: 0.0
+    made = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=cast("Any", arguments.lr_scheduler_kwargs),
+    )
+    lambdas = getattr(made, "lr_lambdas", None)
+    if not lambdas:
+        raise RecipeError(
+            f"lr_scheduler_type {arguments.lr_scheduler_type!r} depends on more than the step; "
+            "use 'linear', 'cosine' or 'constant_with_warmup'."
+        )
+    return cast("Callable[[int], float]", lambdas[0])

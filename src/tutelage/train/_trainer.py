@@ -9,19 +9,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.optimization import get_scheduler
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .._prepare import prepared
-from ..distill import SAMPLE_IDS, Distiller, LiveTeacher, LossTerm, TeacherSource, TrainStep
+from ..distill import SAMPLE_IDS, Distiller, LiveTeacher, TeacherSource, TrainStep
 from ..distill.losses import Losses
 from ..errors import CheckpointError, NonFiniteLossError, RecipeError, UnsupportedModelError
 from ..export import write_artefact
 from ..intervention import Schedule
 from . import _checkpoint
 from ._arguments import QATArguments
-from ._optim import BertAdam, reset_state
+from ._optim import BertAdam, reset_state, two_step_multiplier
+from ._settings import run_settings
 
 __all__ = ["QATTrainer"]
 
@@ -252,33 +252,12 @@ class QATTrainer(Trainer):
                 "shorten the schedule or raise max_steps."
             )
         if self.lr_scheduler is None:
-            first = self._multiplier(steps)
-            second = self._multiplier(num_training_steps - steps)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer if optimizer is not None else cast("Any", self.optimizer),
-                lambda t: first(t) if t < steps else second(t - steps),
+                two_step_multiplier(self.args, steps, num_training_steps),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _multiplier(self, steps: int) -> Callable[[int], float]:
-        if steps == 0:
-            return lambda t: 0.0
-        probe = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        made = get_scheduler(
-            self.args.lr_scheduler_type,
-            optimizer=probe,
-            num_warmup_steps=self.args.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=cast("Any", self.args.lr_scheduler_kwargs),
-        )
-        lambdas = getattr(made, "lr_lambdas", None)
-        if not lambdas:
-            raise RecipeError(
-                f"lr_scheduler_type {self.args.lr_scheduler_type!r} depends on more than the step; "
-                "use 'linear', 'cosine' or 'constant_with_warmup'."
-            )
-        return cast("Callable[[int], float]", lambdas[0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every loss term since the last entry, and stops at NaN.
@@ -310,33 +289,12 @@ class QATTrainer(Trainer):
             )
 
     def _run_settings(self) -> dict[str, Any]:
-        """Returns what makes the run what it is, as far as it is known."""
         state = prepared(cast("nn.Module", self.model))
         assert state is not None
-        losses, args = self.distiller.losses, self.args
-        known: dict[str, Any] = {
-            "scheme": state.scheme.model_dump(mode="json"),
-            "losses": [(_describe(w.term), w.weight) for w in losses.terms],
-            "local": losses.local,
-            "optimizer": f"{getattr(args, 'qat_optimizer', 'adamw')}/{args.optim}",
-            "learning_rate": args.learning_rate,
-            "lr_scheduler_type": str(args.lr_scheduler_type),
-            "lr_scheduler_kwargs": str(args.lr_scheduler_kwargs),
-            "warmup_steps": args.warmup_steps,
-            "weight_decay": args.weight_decay,
-            "max_grad_norm": args.max_grad_norm,
-            "adam": [args.adam_beta1, args.adam_beta2, args.adam_epsilon],
-            "batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "dropout": getattr(args, "dropout", True),
-            "seed": args.seed,
-        }
-        if self._active_schedule is not None:
-            known["schedule"] = repr(self._active_schedule)
-        if self.state.max_steps > 0:
-            known["max_steps"] = self.state.max_steps
-        return known
+        steps = self.state.max_steps
+        return run_settings(
+            self.args, state.scheme, self.distiller.losses, self._active_schedule, steps
+        )
 
     def _refuse_broken_weights(self) -> None:
         for name, parameter in cast("nn.Module", self.model).named_parameters():
@@ -425,8 +383,3 @@ class QATTrainer(Trainer):
         if self.processing_class is not None:
             return self.processing_class
         return getattr(self.data_collator, "tokenizer", None)
-
-
-def _describe(term: LossTerm) -> str:
-    settings = ", ".join(f"{key}={value!r}" for key, value in sorted(vars(term).items()))
-    return f"{type(term).__name__}({settings})"
