@@ -461,7 +461,8 @@ def test_loss_is_the_weighted_sum(stage: str) -> None:
 def test_published_and_default_terms() -> None:
     names = ["logits", "hidden_states", "attention_output", "attention_scores"]
     assert _names(losses.default()) == _names(losses.reference()) == names
-    assert [w.weight for w in losses.default().terms] == [1.0] * 4
+    assert [w.weight for w in losses.default().terms] == [1.0, 3.0, 3.0, 10.0]
+    assert [w.weight for w in losses.reference().terms] == [1.0] * 4
     assert losses.default().local == "paper"
     assert losses.reference().local == "code"
     assert losses.default(local="code").local == "code"

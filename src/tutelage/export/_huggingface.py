@@ -124,7 +124,7 @@ class PackedQuantizer(HfQuantizer):
         with use_attention(model, keep=True):
             for name, spec in specs.items():
                 _hollow(model.get_submodule(name), spec)
-        _refuse_missing(model, stored)
+        _refuse_other_tensors(model, stored)
         return model
 
 
@@ -164,31 +164,38 @@ def _hollow(module: nn.Module, spec: ModuleSpec) -> None:
         )
 
 
-def _refuse_missing(model: nn.Module, stored: Iterable[str]) -> None:
+def _refuse_other_tensors(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses what transformers would fill with random numbers."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    names = set(stored)
-    names |= {name.removeprefix(prefix) for name in names}
-    missing = sorted(set(model.state_dict()) - names)
+    shapes = {name.removeprefix(prefix): shape for name, shape in stored.items()} | dict(stored)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted(set(wanted) - set(shapes))
     if missing:
         raise ArtefactError(
             f"the files hold no tensor {missing[0]!r} (nor {len(missing) - 1} others) that "
             f"{type(model).__name__} needs; load the architecture that was saved."
         )
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ArtefactError(
+                f"the tensor {name!r} is stored with shape {shapes[name]}, the model wants "
+                f"{shape}; load the model with the settings it was saved with."
+            )
 
 
-def verify_files(files: Iterable[Path]) -> set[str]:
+def verify_files(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Compares packed files, and the ``config.json`` beside them, with the digests they carry.
 
     Args:
         files: The safetensors files of one model.
 
     Returns:
-        The names of all tensors.
+        Name and shape of every tensor.
 
     Raises:
         ArtefactError: A file is truncated, edited or incomplete.
     """
-    seen: set[str] = set()
+    seen: dict[str, tuple[int, ...]] = {}
     expected: dict[str, str] = {}
     for file in files:
         try:
@@ -204,19 +211,20 @@ def verify_files(files: Iterable[Path]) -> set[str]:
                     )
                 expected = dict(record["tensors"])
                 for name in list(handle.keys()):
-                    if digest(handle.get_tensor(name)) != expected.get(name):
+                    tensor = handle.get_tensor(name)
+                    if digest(tensor) != expected.get(name):
                         raise ArtefactError(
                             f"the tensor {name!r} in {file} was changed after it was saved; "
                             "restore the file from a good copy."
                         )
-                    seen.add(name)
+                    seen[name] = tuple(tensor.shape)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             if isinstance(error, ArtefactError):
                 raise
             raise ArtefactError(
                 f"{file} is truncated or corrupt ({error}); restore it from a good copy."
             ) from error
-    missing = sorted(set(expected) - seen)
+    missing = sorted(set(expected) - set(seen))
     if missing:
         raise ArtefactError(
             f"the tensor {missing[0]!r} is missing from the files; restore them from a good copy."
