@@ -114,8 +114,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["16x32", "32x64"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--float32-products", action="store_true", help="as without VNNI or AMX")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.float32_products:
+        tutelage.kernels._integer._int8_is_fast = lambda: False
     torch.set_num_threads(args.threads)
     rows: list[dict[str, object]] = []
     for shape in args.shapes:
