@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -24,7 +23,6 @@ from transformers import (
 )
 
 import tutelage
-from tutelage.quantizers import BINARY, unpack
 
 FAMILIES = ("bert", "roberta", "distilbert")
 VOCAB, PAD = 48, 1
@@ -241,22 +239,6 @@ def write_rows(
         lines.append(f"{' '.join(words[: 4 + row % 4])}\t{labels[label]}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-def _unpacks_batches() -> bool:
-    try:
-        unpack(torch.zeros(1, 1, 1, dtype=torch.uint8), 1, BINARY)
-    except Exception:
-        return False
-    return True
-
-
-LOOKS_UP_BATCHES = pytest.mark.xfail(
-    not _unpacks_batches(),
-    reason="quantizers.unpack is annotated for two dimensions, PackedEmbedding passes it three",
-    strict=False,
-)
-"""Off by itself once ``unpack`` says ``"*rows packed"``."""
 
 
 def rows(count: int = 24, tokens: int = 6, *, seed: int = 0, labels: int = 3) -> list[Any]:

@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainingArguments
 import tutelage
 from helpers import (
     FAMILIES,
-    LOOKS_UP_BATCHES,
     differing,
     hooks_of,
     make_batch,
@@ -665,7 +664,6 @@ def test_a_teacher_of_another_depth_is_refused(tmp_path: Path) -> None:
 # The result.
 
 
-@LOOKS_UP_BATCHES
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 def test_the_saved_model_is_packed_and_equals_the_student(tmp_path: Path, family: str) -> None:
     trainer = trainer_for(tmp_path / "run", family=family, schedule=Schedule.gradual(3))
