@@ -1,4 +1,4 @@
-"""The examples in CONTRIBUTING.md run as they stand."""
+"""The examples in README.md and CONTRIBUTING.md run as they stand."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import tutelage
+from helpers import rows, save_tiny
 from tutelage import intervention
 from tutelage.distill import losses
 from tutelage.scheme import WEIGHT_QUANTIZERS
@@ -59,3 +60,12 @@ def test_extensions_of_contributing_work_together() -> None:
     step = distiller.step(batch, stage, progress=torch.tensor(0.5))
     assert set(step.terms) == {"logits", "attention_scores", "hidden_cosine", "context_local"}
     step.loss.backward()
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "my-fine-tuned-bert", head=("a", "b", "c"))
+    example = blocks("README.md")[0]
+    assert "max_steps=300" in example
+    exec(example.replace("max_steps=300", "max_steps=3"), {"tokenized": rows(8)})
+    assert tutelage.load(tmp_path / "small-bert").config.id2label[0] == "a"
