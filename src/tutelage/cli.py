@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ._console import reporter
 from .errors import ArtefactError, DataError, TutelageError
 
 if TYPE_CHECKING:
@@ -82,11 +83,11 @@ def train(
         read,
         overwrite=overwrite,
         resume=resume,
-        report=_reporter(console),
+        report=reporter(console),
         progress=lambda phase: Progress(phase, console),
     )
     console.print(result_table(result))
-    _reporter(console)(f"the student is in {result.folder}")
+    reporter(console)(f"the student is in {result.folder}")
 
 
 @app.command()
@@ -201,10 +202,6 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console()
-
-
-def _reporter(console: Console) -> Any:
-    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _quiet() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ._console import reporter
 from .errors import ArtefactError, DataError
 from .export import refuse_existing, write_text
 from .train.recipe import Recipe, recipe_from_dict
@@ -58,7 +59,7 @@ def run_demo(
         ArtefactError: The saved student gives other figures in a new process.
     """
     console = console if console is not None else Console()
-    say = _reporter(console)
+    say = reporter(console)
     started = time.monotonic()
     refuse_existing(output, overwrite=overwrite)
     model, corpus = (
@@ -182,7 +183,3 @@ def _evaluate_elsewhere(folder: Path) -> dict[str, Any]:
         raise ArtefactError(f"the new process could not evaluate {folder}: {line}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
-
-
-def _reporter(console: Console) -> Any:
-    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
