@@ -31,14 +31,14 @@ __all__ = [
 
 ATTENTION_NAME = "tutelage"
 _PROBE = "_tutelage_probe"
-_UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask")
+_UNSUPPORTED = ("s_aux", "sinks", "head_mask")
 
 
 class AttentionProbe(Protocol):
     """Sees, and may replace, the signals inside one attention call."""
 
-    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Receives query, key and value, each (batch, heads, tokens, width)."""
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        """Receives query, key and value, each (batch, heads, tokens, width), and the mask."""
         ...
 
     def scores(self, scores: Tensor) -> None:
@@ -174,7 +174,8 @@ def attention(
         attention_mask: Additive mask that broadcasts against the scores, or ``None``.
         scaling: Factor of the scores, by default 1 / sqrt(width).
         dropout: Probability with which entries of the attention map are dropped.
-        **kwargs: What transformers passes along; ``position_bias`` is added to the scores.
+        **kwargs: What transformers passes along; ``position_bias`` is added to the scores, and
+            ``softcap`` c makes them c tanh(scores / c).
 
     Returns:
         The context and the attention map that was used.
@@ -191,7 +192,7 @@ def attention(
     probe: AttentionProbe | None = module.__dict__.get(_PROBE)
     quantizer = cast("AttentionQuantizer | None", module._modules.get("attention_quantizer"))
     if probe is not None:
-        probe.inputs(query, key, value)
+        probe.inputs(query, key, value, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
     if quantizer is None:
@@ -200,6 +201,8 @@ def attention(
         scores = quantizer.scores(query, key, scaling)
     if kwargs.get("position_bias") is not None:
         scores = scores + kwargs["position_bias"]
+    if kwargs.get("softcap") is not None:
+        scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
     if probe is not None:
         probe.scores(scores)
     if attention_mask is not None:
@@ -236,14 +239,13 @@ def _configs(model: nn.Module) -> list[Any]:
     from transformers import PreTrainedModel
 
     found: dict[int, Any] = {}
+    transformers_model = False
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
+        transformers_model = True
         if not module._can_set_attn_implementation():
-            raise UnsupportedModelError(
-                f"{type(module).__name__} does not dispatch its attention through transformers' "
-                "AttentionInterface; use a model that supports attn_implementation='sdpa'."
-            )
+            continue
         pending = [module.config]
         while pending:
             config = pending.pop()
@@ -251,7 +253,7 @@ def _configs(model: nn.Module) -> list[Any]:
             pending.extend(
                 sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None
             )
-    if not found:
+    if not transformers_model:
         raise UnsupportedModelError(
             f"{type(model).__name__} is no transformers model; pass a PreTrainedModel."
         )
@@ -262,12 +264,14 @@ def _configs(model: nn.Module) -> list[Any]:
 def use_attention(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """Routes the attention of ``model`` through ``attention`` inside the context.
 
+    Attention written by hand, outside transformers' interface, stays as it is.
+
     Args:
         model: A transformers model.
         keep: Leave it so after a context that ended without an error.
 
     Raises:
-        UnsupportedModelError: The model does not use transformers' attention interface.
+        UnsupportedModelError: It is no transformers model.
     """
     register_attention()
     configs = _configs(model)
