@@ -123,6 +123,8 @@ class QATTrainer(Trainer):
             self.distiller.teacher.model.to(self.args.device)
         self.add_callback(_StepBoundary(self))
         self._step = TrainStep(self.distiller, None)
+        self._parts: list[Any] = []
+        self._counts: Mapping[str, Tensor | int] | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     @property
@@ -169,6 +171,17 @@ class QATTrainer(Trainer):
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Fetches the micro-batches of an optimizer step; see ``Trainer.get_batch_samples``.
+
+        All are known before the first of them runs, so that their items can be counted.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._parts = list(batches)
+        return batches, items
+
     def training_step(
         self,
         model: nn.Module,
@@ -177,29 +190,38 @@ class QATTrainer(Trainer):
     ) -> Tensor:
         """Runs forward and backward of one micro-batch under the stage of the global step.
 
+        The gradients of a step are those of one batch that holds the samples of all its
+        micro-batches and processes, however unequal their lengths.
+
         Args:
             model: The wrapped student.
             inputs: The batch.
-            num_items_in_batch: Not used; every micro-batch counts the same.
+            num_items_in_batch: Not used; every loss term counts its own items.
 
         Returns:
-            The detached loss.
+            The detached share of the loss: the sum over micro-batches, averaged over processes, is
+            the loss of the step.
         """
         # Transformers differ between the two modes in their dropout alone.
         model.train(getattr(self.args, "dropout", True))
-        inputs = self._prepare_inputs(inputs)
         step, length = self.state.global_step, max(self.state.max_steps, 1)
+        stage = self.active_schedule(step)
+        parts = self._parts if any(inputs is part for part in self._parts) else [inputs]
+        begins = inputs is parts[0]
+        if begins:
+            here = [self._prepare_inputs(part) for part in parts]
+            self._counts = self._step.counts(here, stage, model=model)
         terms = self._step.accumulate(
-            inputs,
-            self.active_schedule(step),
+            self._prepare_inputs(inputs),
+            stage,
             progress=torch.full((), step / length, device=self.args.device),
             model=model,
             backward=self.accelerator.backward,
-            divisor=self.current_gradient_accumulation_steps,
+            counts=self._counts,
         )
         for name, value in terms.items():
-            total, count = self._sums.get(name, (torch.zeros_like(value), 0))
-            self._sums[name] = (total + value, count + 1)
+            total, steps = self._sums.get(name, (torch.zeros_like(value), 0))
+            self._sums[name] = (total + value, steps + begins)
         return terms["loss"]
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
