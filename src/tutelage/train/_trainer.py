@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,17 @@ class _StepBoundary(TrainerCallback):
         steps = self._trainer.active_schedule.steps
         if 0 < steps == state.global_step:
             reset_state(cast("Any", self._trainer.optimizer))
+
+
+def _check_distributed(args: TrainingArguments) -> None:
+    if args.world_size == 1:
+        return
+    if args.ddp_find_unused_parameters is False or args.ddp_static_graph:
+        raise RecipeError(
+            "which parameters receive a gradient depends on the stage; leave out "
+            "ddp_find_unused_parameters=False and ddp_static_graph=True."
+        )
+    args.ddp_find_unused_parameters = True
 
 
 class QATTrainer(Trainer):
@@ -90,13 +102,16 @@ class QATTrainer(Trainer):
         Raises:
             UnsupportedModelError: The student was not prepared, or sharded training was asked for.
             IncompatibleTeacherError: Teacher and student do not fit.
+            RecipeError: Several processes, and a setting of DDP under which they would fail.
         """
         self.distiller = Distiller(student, teacher, losses)
         self.schedule = schedule
         self._active_schedule = schedule
+        args = args if args is not None else QATArguments()
+        _check_distributed(args)
         super().__init__(
             model=student,
-            args=args if args is not None else QATArguments(),
+            args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=data_collator,
@@ -291,17 +306,24 @@ class QATTrainer(Trainer):
         Raises:
             NonFiniteLossError: The loss became NaN or infinite.
         """
-        self._refuse_non_finite()
-        if "loss" in logs and self._sums:
-            for name, (total, count) in self._sums.items():
-                if name != "loss":
-                    logs[f"loss_{name}"] = total.item() / count
-            logs["intervention"] = float(self.state.global_step <= self.active_schedule.steps)
-            self._sums = {}
+        # The processes of a run meet here, so only entries that all of them write may come in.
+        if self.args.world_size == 1 or logs.keys() & {"loss", "train_loss"}:
+            means = self._finite_means()
+            if "loss" in logs and means:
+                logs.update({f"loss_{n}": m for n, m in means.items() if n != "loss"})
+                logs["intervention"] = float(self.state.global_step <= self.active_schedule.steps)
+                self._sums = {}
         super().log(logs, start_time)
 
-    def _refuse_non_finite(self) -> None:
-        broken = [name for name, (total, _) in self._sums.items() if not torch.isfinite(total)]
+    def _finite_means(self) -> dict[str, float]:
+        """Returns the mean of every term since the last entry, over all processes."""
+        if not self._sums:
+            return {}
+        found = torch.stack([total / steps for total, steps in self._sums.values()])
+        if self.args.world_size > 1:
+            found = cast("Tensor", self.accelerator.reduce(found, reduction="mean"))
+        means = dict(zip(self._sums, found.tolist(), strict=True))
+        broken = [name for name, mean in means.items() if not math.isfinite(mean)]
         if broken:
             self._sums = {}
             raise NonFiniteLossError(
@@ -309,6 +331,7 @@ class QATTrainer(Trainer):
                 f"{self.state.global_step + 1}; lower the learning rate (now "
                 f"{self.args.learning_rate:g}) or check the data."
             )
+        return means
 
     def _run_settings(self) -> dict[str, Any]:
         state = prepared(cast("nn.Module", self.model))
@@ -328,7 +351,7 @@ class QATTrainer(Trainer):
                 )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._refuse_non_finite()
+        self._finite_means()
         self._refuse_broken_weights()
         run_dir = Path(self._get_output_dir(trial))
         checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
@@ -346,8 +369,11 @@ class QATTrainer(Trainer):
         self._save_scaler(str(stage))
         self._save_rng_state(str(stage))
         self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
+        if self.args.should_save:
+            self._commit(run_dir, stage, checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _commit(self, run_dir: Path, stage: Path, checkpoint: Path) -> None:
         _checkpoint.save_latent(cast("nn.Module", self.model), stage)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
