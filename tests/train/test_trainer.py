@@ -342,7 +342,9 @@ def test_gradient_accumulation(tmp_path: Path) -> None:
     real = trainer._step.accumulate
 
     def accumulate(*args: Any, **options: Any) -> Any:
-        assert options["divisor"] == 3
+        assert options["counts"].keys() == {
+            w.term.name for w in trainer.distiller.losses.at(args[1])
+        }
         out = real(*args, **options)
         seen.append(out["loss"].item())
         return out
@@ -380,6 +382,39 @@ def test_accumulating_whole_batches_equals_one_large_batch(tmp_path: Path) -> No
         results.append(weights_of(trainer.model))
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_accumulating_parts_of_unequal_length_equals_one_large_batch(tmp_path: Path) -> None:
+    # Each micro-batch is as long as its longest sentence, as padding by a collator makes it; the
+    # last step of an epoch has fewer of them.
+    def collate(samples: list[Any]) -> dict[str, Tensor]:
+        batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+        length = int(batch["attention_mask"].sum(-1).max())
+        return {k: v[:, :length] if v.dim() == 2 else v for k, v in batch.items()}
+
+    results, logs = [], []
+    for size, parts in ((8, 1), (2, 4)):
+        trainer = trainer_for(
+            tmp_path / str(parts),
+            schedule=Schedule.gradual(6),
+            max_steps=8,
+            rate=0.0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            qat_optimizer="bert_adam",
+            logging_strategy="steps",
+            logging_steps=2,
+        )
+        trainer.train_dataset = [row for row in rows(20) if row["attention_mask"].sum() > 1]
+        trainer.data_collator = collate
+        trainer.train()
+        results.append(weights_of(trainer.model))
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], atol=1e-5, rtol=1e-4)
+    for one, other in zip(*logs, strict=True):
+        for key in one.keys() - {"epoch"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-9), key
 
 
 def test_training_leaves_nothing_on_the_models(tmp_path: Path) -> None:

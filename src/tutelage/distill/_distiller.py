@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._prepare import prepared
-from ..errors import IncompatibleTeacherError, UnsupportedModelError
+from ..errors import DataError, IncompatibleTeacherError, RecipeError, UnsupportedModelError
 from ..intervention import NO_INTERVENTION, Intervention, intervention
 from ..sites import Signals, Site, Tap
 from . import losses as _losses
-from ._context import LossValue, StepContext
+from ._context import BatchItems, LossValue, StepContext
+from ._distributed import anchored
+from ._items import ItemReader, token_mask
 from ._teacher import LiveTeacher, TeacherSource, prediction
-from .losses import Losses
+from .losses import Losses, WeightedTerm
 
 __all__ = ["SAMPLE_IDS", "Distiller", "StepOutput"]
 
@@ -30,8 +32,11 @@ class StepOutput:
     """What one step gives.
 
     Attributes:
-        loss: Weighted sum of the terms, 0-dim, with gradient.
-        terms: Unweighted mean of every term by name.
+        loss: Weighted sum of the shares, 0-dim, with gradient.
+        terms: Unweighted mean of every term by name, over the items of this batch.
+        shares: Unweighted share of this batch in every term of the optimizer step: the sum over
+            its items divided by the items of the whole step; equal to ``terms`` unless ``counts``
+            were given.
         values: Every term as (sum, count).
         student_logits: (*positions, classes), with gradient; the last hidden state of a model
             without logits.
@@ -40,6 +45,7 @@ class StepOutput:
 
     loss: Float[Tensor, ""]
     terms: Mapping[str, Tensor]
+    shares: Mapping[str, Tensor]
     values: Mapping[str, LossValue]
     student_logits: Tensor
     teacher_logits: Tensor
@@ -90,6 +96,7 @@ class Distiller:
         self.teacher: TeacherSource = teacher
         self.losses = losses if losses is not None else _losses.default()
         self._sites = state.sites
+        self._read = ItemReader(teacher)
         _refuse_other_shape(self._sites.shape(), teacher.sites.shape())
 
     def step(
@@ -99,6 +106,7 @@ class Distiller:
         *,
         progress: Tensor | None = None,
         model: nn.Module | None = None,
+        counts: Mapping[str, Tensor | int] | None = None,
     ) -> StepOutput:
         """Runs teacher and student on a batch and compares them.
 
@@ -111,12 +119,15 @@ class Distiller:
             stage: Name of the stage, see ``tutelage.intervention.stages``.
             progress: Part of training that is over, 0 to 1, a 0-dim tensor on the device.
             model: What is called in place of the student, such as its DDP wrapper.
+            counts: Number of items of every term in the whole optimizer step, of which this batch
+                is a part, see ``counts``; by default those of this batch.
 
         Returns:
             Loss, terms and logits.
 
         Raises:
             IncompatibleTeacherError: The logits of the two differ in shape.
+            DataError: The batch holds other items than were counted before the forward pass.
             UnsupportedModelError: The student recomputes activations in the backward pass, or
                 autocast is on.
             RecipeError: The stage is unknown or would leave the attention without gradient.
@@ -125,13 +136,13 @@ class Distiller:
         terms = self.losses.at(stage)
         self._refuse_checkpointing()
         self._refuse_autocast()
-        inputs = dict(batch)
-        keys, labels = inputs.pop(SAMPLE_IDS, None), inputs.pop("labels", None)
+        inputs, keys, labels = _split(batch, terms)
         sites: set[Site] = {site for weighted in terms for site in weighted.term.requires}
         want = sites | ({active.site} if active else set())
         teacher_logits, teacher = self.teacher.get(inputs, keys, want)
-        with self._tap(sites, active, teacher, progress) as tap:
-            output = (model or self.student)(**inputs)
+        tap = self._tap(sites, active, teacher, progress)
+        with tap, anchored(self.student, model, tap) as unwrap:
+            output = unwrap((model or self.student)(**inputs))
         student_logits, has_logits = prediction(output)
         if student_logits.shape != teacher_logits.shape:
             raise IncompatibleTeacherError(
@@ -144,15 +155,55 @@ class Distiller:
             student_logits=student_logits,
             teacher_logits=teacher_logits,
             has_logits=has_logits,
-            token_mask=_token_mask(inputs),
-            labels=labels if any(weighted.term.needs_labels for weighted in terms) else None,
+            token_mask=token_mask(inputs),
+            labels=labels,
             stage=stage,
             progress=progress,
         )
+        if counts is not None:
+            _refuse_other_items(self._read(inputs, keys, labels), context.items)
         values = {weighted.term.name: weighted.term(context) for weighted in terms}
-        means = {name: value.sum / value.count for name, value in values.items()}
-        loss = torch.stack([means[w.term.name] * w.weight for w in terms]).sum()
-        return StepOutput(loss, means, values, student_logits, teacher_logits)
+        means = shares = {name: value.sum / value.count for name, value in values.items()}
+        if counts is not None:
+            shares = {name: value.sum / counts[name] for name, value in values.items()}
+        loss = torch.stack([shares[w.term.name] * w.weight for w in terms]).sum()
+        return StepOutput(loss, means, shares, values, student_logits, teacher_logits)
+
+    def counts(
+        self, batches: Iterable[Mapping[str, Any]], stage: str = NO_INTERVENTION
+    ) -> dict[str, Tensor | int]:
+        """Counts the items of every loss term in the micro-batches of one optimizer step.
+
+        With them the gradients of ``step(batch, stage, counts=counts)``, added up over the
+        batches, are those of one batch that holds all samples: a term is the sum over all items
+        divided by their number, however unequal the parts. Nothing is moved to the host.
+
+        Args:
+            batches: The micro-batches, as ``step`` takes them.
+            stage: Name of the stage.
+
+        Returns:
+            The number of items by name of the term: 0-dim integer tensors, or plain numbers.
+
+        Raises:
+            DataError: A batch holds no tensor.
+            RecipeError: A loss term does not count.
+            UnsupportedModelError: The predictions are neither per sample nor per token.
+        """
+        terms = self.losses.at(stage)
+        for weighted in terms:
+            if not callable(getattr(weighted.term, "count", None)):
+                raise RecipeError(
+                    f"the loss term {weighted.term.name!r} cannot be split over micro-batches or "
+                    "processes; give it a method count(items), see LossTerm."
+                )
+        totals: dict[str, Tensor | int] = {weighted.term.name: 0 for weighted in terms}
+        for batch in batches:
+            items = self._read(*_split(batch, terms))
+            for weighted in terms:
+                name = weighted.term.name
+                totals[name] = totals[name] + weighted.term.count(items)
+        return totals
 
     def _refuse_checkpointing(self) -> None:
         # The recomputation would run without the intervention and its stop-gradients.
@@ -194,9 +245,25 @@ class Distiller:
         )
 
 
-def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
-    mask = inputs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def _split(
+    batch: Mapping[str, Any], terms: tuple[WeightedTerm, ...]
+) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+    """Returns the model's inputs, the sample ids, and the labels where a term asks for them."""
+    inputs = dict(batch)
+    keys, labels = inputs.pop(SAMPLE_IDS, None), inputs.pop("labels", None)
+    return inputs, keys, labels if any(w.term.needs_labels for w in terms) else None
+
+
+def _refuse_other_items(expected: BatchItems, found: BatchItems) -> None:
+    # Shapes only: the masks are the batch's own in both.
+    if (expected.rows, expected.positions) != (found.rows, found.positions) or (
+        found.tokens is not None and expected.tokens != found.tokens
+    ):
+        raise DataError(
+            f"the model made {found.positions} predictions over {found.tokens} positions of a "
+            f"batch that was counted as {expected.positions} over {expected.tokens}; train it in "
+            "one process and without gradient accumulation."
+        )
 
 
 def _refuse_shared(student: nn.Module, teacher: nn.Module) -> None:

@@ -7,6 +7,7 @@ error; the default terms take the mean over real tokens, the reference ones over
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..sites import Site
-from ._context import LossValue, StepContext
+from ._context import BatchItems, LossValue, StepContext
 
 __all__ = [
     "AttentionMapKL",
@@ -50,6 +51,10 @@ class LossTerm(Protocol):
     @property
     def needs_labels(self) -> bool:
         """Whether labels are used."""
+        ...
+
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of items in a batch, without its values: the count of the result."""
         ...
 
     def __call__(self, context: StepContext) -> LossValue:
@@ -104,13 +109,17 @@ class Logits:
         """
         self.entropy = entropy
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of predictions."""
+        return items.predictions()
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over the predictions and their number."""
         student, teacher = context.student_logits.float(), context.teacher_logits.float()
         tokens = context.token_mask
         if tokens is not None and student.shape[:-1] != tokens.shape:
             tokens = None
-        count = student.shape[:-1].numel() if tokens is None else tokens.sum()
+        count = self.count(context.items)
         if student.shape[-1] == 1 or not context.has_logits:
             mask = None if tokens is None else _floats(tokens, student).unsqueeze(-1)
             return LossValue(_squared_error(student, teacher, mask) / student.shape[-1], count)
@@ -129,6 +138,10 @@ class LabelCrossEntropy:
     requires: tuple[Site, ...] = ()
     needs_labels = True
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of predictions."""
+        return math.prod(items.positions)
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over the batch and its size."""
         if context.labels is None:
@@ -136,9 +149,9 @@ class LabelCrossEntropy:
         logits = context.student_logits.float()
         if logits.shape[-1] == 1:
             target = context.labels.reshape(logits.shape).to(logits.dtype)
-            return LossValue(_squared_error(logits, target, None), logits.numel())
+            return LossValue(_squared_error(logits, target, None), self.count(context.items))
         loss = torch.nn.functional.cross_entropy(logits, context.labels, reduction="sum")
-        return LossValue(loss, logits.shape[0])
+        return LossValue(loss, self.count(context.items))
 
 
 class SignalMSE:
@@ -162,6 +175,10 @@ class SignalMSE:
         self.masked = masked
         self.requires: tuple[Site, ...] = ("embeddings", site) if embeddings else (site,)
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of tokens."""
+        return items.real_tokens(masked=self.masked)
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over blocks and tokens of the mean over the width, and the tokens."""
         own = [t for site in self.requires for t in context.student[site]]
@@ -171,8 +188,7 @@ class SignalMSE:
         total = torch.stack(
             [_squared_error(s, t, mask) / s.shape[-1] for s, t in zip(own, other, strict=True)]
         ).sum()
-        count = own[0].shape[:-1].numel() if token_mask is None else token_mask.sum()
-        return LossValue(total, count)
+        return LossValue(total, self.count(context.items))
 
 
 class AttentionScores:
@@ -195,22 +211,24 @@ class AttentionScores:
         """
         self.masked = masked
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of pairs of a query and a key."""
+        return items.real_pairs(masked=self.masked)
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over blocks and pairs of the mean over the heads, and the pairs."""
         own, other = context.student["attention_scores"], context.teacher["attention_scores"]
         tokens, mask = context.token_mask, None
-        pairs: Tensor | int = own[0].shape[0] * own[0].shape[-2] * own[0].shape[-1]
         if tokens is not None:
             mask = _floats(tokens[:, None, None, :], own[0])
             if self.masked:
                 mask = mask * _floats(tokens[:, None, :, None], own[0])
-                pairs = mask.sum()
         total = []
         for s, t in zip(own, other, strict=True):
             if not self.masked:
                 s, t = s.masked_fill(s <= -100.0, 0.0), t.masked_fill(t <= -100.0, 0.0)
             total.append(_squared_error(s, t, mask) / s.shape[1])
-        return LossValue(torch.stack(total).sum(), pairs)
+        return LossValue(torch.stack(total).sum(), self.count(context.items))
 
 
 class AttentionMapKL:
@@ -224,6 +242,10 @@ class AttentionMapKL:
     requires: tuple[Site, ...] = ("attention_map",)
     needs_labels = False
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of queries."""
+        return items.real_tokens()
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over blocks and queries of the mean over the heads, and the queries."""
         own, other = context.student["attention_map"], context.teacher["attention_map"]
@@ -235,5 +257,4 @@ class AttentionMapKL:
             if tokens is not None:
                 divergence = divergence * _floats(tokens, divergence)
             total.append(divergence.sum())
-        count = own[0].shape[0] * own[0].shape[-2] if tokens is None else tokens.sum()
-        return LossValue(torch.stack(total).sum(), count)
+        return LossValue(torch.stack(total).sum(), self.count(context.items))

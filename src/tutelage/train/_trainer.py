@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,17 @@ class _StepBoundary(TrainerCallback):
         steps = self._trainer.active_schedule.steps
         if 0 < steps == state.global_step:
             reset_state(cast("Any", self._trainer.optimizer))
+
+
+def _check_distributed(args: TrainingArguments) -> None:
+    if args.world_size == 1:
+        return
+    if args.ddp_find_unused_parameters is False or args.ddp_static_graph:
+        raise RecipeError(
+            "which parameters receive a gradient depends on the stage; leave out "
+            "ddp_find_unused_parameters=False and ddp_static_graph=True."
+        )
+    args.ddp_find_unused_parameters = True
 
 
 class QATTrainer(Trainer):
@@ -90,13 +102,16 @@ class QATTrainer(Trainer):
         Raises:
             UnsupportedModelError: The student was not prepared, or sharded training was asked for.
             IncompatibleTeacherError: Teacher and student do not fit.
+            RecipeError: Several processes, and a setting of DDP under which they would fail.
         """
         self.distiller = Distiller(student, teacher, losses)
         self.schedule = schedule
         self._active_schedule = schedule
+        args = args if args is not None else QATArguments()
+        _check_distributed(args)
         super().__init__(
             model=student,
-            args=args if args is not None else QATArguments(),
+            args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=data_collator,
@@ -123,6 +138,8 @@ class QATTrainer(Trainer):
             self.distiller.teacher.model.to(self.args.device)
         self.add_callback(_StepBoundary(self))
         self._step = TrainStep(self.distiller, None)
+        self._parts: list[Any] = []
+        self._counts: Mapping[str, Tensor | int] | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     @property
@@ -169,6 +186,17 @@ class QATTrainer(Trainer):
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Fetches the micro-batches of an optimizer step; see ``Trainer.get_batch_samples``.
+
+        All are known before the first of them runs, so that their items can be counted.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._parts = list(batches)
+        return batches, items
+
     def training_step(
         self,
         model: nn.Module,
@@ -177,29 +205,38 @@ class QATTrainer(Trainer):
     ) -> Tensor:
         """Runs forward and backward of one micro-batch under the stage of the global step.
 
+        The gradients of a step are those of one batch that holds the samples of all its
+        micro-batches and processes, however unequal their lengths.
+
         Args:
             model: The wrapped student.
             inputs: The batch.
-            num_items_in_batch: Not used; every micro-batch counts the same.
+            num_items_in_batch: Not used; every loss term counts its own items.
 
         Returns:
-            The detached loss.
+            The detached share of the loss: the sum over micro-batches, averaged over processes, is
+            the loss of the step.
         """
         # Transformers differ between the two modes in their dropout alone.
         model.train(getattr(self.args, "dropout", True))
-        inputs = self._prepare_inputs(inputs)
         step, length = self.state.global_step, max(self.state.max_steps, 1)
+        stage = self.active_schedule(step)
+        parts = self._parts if any(inputs is part for part in self._parts) else [inputs]
+        begins = inputs is parts[0]
+        if begins:
+            here = [self._prepare_inputs(part) for part in parts]
+            self._counts = self._step.counts(here, stage, model=model)
         terms = self._step.accumulate(
-            inputs,
-            self.active_schedule(step),
+            self._prepare_inputs(inputs),
+            stage,
             progress=torch.full((), step / length, device=self.args.device),
             model=model,
             backward=self.accelerator.backward,
-            divisor=self.current_gradient_accumulation_steps,
+            counts=self._counts,
         )
         for name, value in terms.items():
-            total, count = self._sums.get(name, (torch.zeros_like(value), 0))
-            self._sums[name] = (total + value, count + 1)
+            total, steps = self._sums.get(name, (torch.zeros_like(value), 0))
+            self._sums[name] = (total + value, steps + begins)
         return terms["loss"]
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -269,17 +306,24 @@ class QATTrainer(Trainer):
         Raises:
             NonFiniteLossError: The loss became NaN or infinite.
         """
-        self._refuse_non_finite()
-        if "loss" in logs and self._sums:
-            for name, (total, count) in self._sums.items():
-                if name != "loss":
-                    logs[f"loss_{name}"] = total.item() / count
-            logs["intervention"] = float(self.state.global_step <= self.active_schedule.steps)
-            self._sums = {}
+        # The processes of a run meet here, so only entries that all of them write may come in.
+        if self.args.world_size == 1 or logs.keys() & {"loss", "train_loss"}:
+            means = self._finite_means()
+            if "loss" in logs and means:
+                logs.update({f"loss_{n}": m for n, m in means.items() if n != "loss"})
+                logs["intervention"] = float(self.state.global_step <= self.active_schedule.steps)
+                self._sums = {}
         super().log(logs, start_time)
 
-    def _refuse_non_finite(self) -> None:
-        broken = [name for name, (total, _) in self._sums.items() if not torch.isfinite(total)]
+    def _finite_means(self) -> dict[str, float]:
+        """Returns the mean of every term since the last entry, over all processes."""
+        if not self._sums:
+            return {}
+        found = torch.stack([total / steps for total, steps in self._sums.values()])
+        if self.args.world_size > 1:
+            found = cast("Tensor", self.accelerator.reduce(found, reduction="mean"))
+        means = dict(zip(self._sums, found.tolist(), strict=True))
+        broken = [name for name, mean in means.items() if not math.isfinite(mean)]
         if broken:
             self._sums = {}
             raise NonFiniteLossError(
@@ -287,6 +331,7 @@ class QATTrainer(Trainer):
                 f"{self.state.global_step + 1}; lower the learning rate (now "
                 f"{self.args.learning_rate:g}) or check the data."
             )
+        return means
 
     def _run_settings(self) -> dict[str, Any]:
         state = prepared(cast("nn.Module", self.model))
@@ -306,7 +351,7 @@ class QATTrainer(Trainer):
                 )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._refuse_non_finite()
+        self._finite_means()
         self._refuse_broken_weights()
         run_dir = Path(self._get_output_dir(trial))
         checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
@@ -324,8 +369,11 @@ class QATTrainer(Trainer):
         self._save_scaler(str(stage))
         self._save_rng_state(str(stage))
         self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
+        if self.args.should_save:
+            self._commit(run_dir, stage, checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _commit(self, run_dir: Path, stage: Path, checkpoint: Path) -> None:
         _checkpoint.save_latent(cast("nn.Module", self.model), stage)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):

@@ -1,0 +1,231 @@
+"""Runs the cases of test_distributed.py: one process for each, and two over gloo for the same.
+
+Called as ``python distributed_processes.py FOLDER``. Every case leaves ``CASE-PROCESSES-RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from helpers import make_batch, pair, rows, trainer_for, weights_of
+from tutelage import Distiller, Schedule, TrainStep, losses
+from tutelage.distill.losses import Losses
+from tutelage.errors import NonFiniteLossError, TutelageError
+from tutelage.intervention import stages
+
+ROOT = Path(sys.argv[1])
+LOSSES = {
+    "paper": losses.default(),
+    "code": losses.default(local="code"),
+    "logits": Losses.of({"logits": 1.0}),
+}
+# Samples of the two ranks, each in one or two micro-batches, all of unequal size.
+SHARES = {"one": [[(0, 2)], [(2, 8)]], "two": [[(0, 1), (1, 4)], [(4, 6), (6, 8)]]}
+
+
+def global_batch() -> dict[str, Tensor]:
+    batch = make_batch(8, 9)
+    batch["attention_mask"][:] = torch.arange(9) < torch.tensor([5, 4, 9, 3, 7, 6, 2, 3])[:, None]
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)
+    return batch
+
+
+def part(start: int, stop: int) -> dict[str, Tensor]:
+    """Returns some samples, padded to the longest of them only."""
+    batch = {key: value[start:stop] for key, value in global_batch().items()}
+    length = int(batch["attention_mask"].sum(-1).max())
+    return {k: v[:, :length] if v.dim() == 2 else v for k, v in batch.items()}
+
+
+def wrapped(student: nn.Module, processes: int) -> nn.Module | None:
+    if processes == 1:
+        return None
+    return nn.parallel.DistributedDataParallel(student, find_unused_parameters=True)
+
+
+def gradients(rank: int, processes: int) -> dict[str, Any]:
+    """Gradients of one step: every stage, set of losses and number of micro-batches."""
+    found: dict[str, Any] = {}
+    for kind, chosen in LOSSES.items():
+        student, teacher = pair("bert", dropout=0.0)
+        student.train()
+        model = wrapped(student, processes)
+        # An update of nothing: the gradients are looked at.
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+        train_step = TrainStep(Distiller(student, teacher, chosen), optimizer, max_grad_norm=None)
+        seen: dict[str, Tensor | None] = {}
+
+        def look(*_: Any, student: nn.Module = student, seen: dict[str, Any] = seen) -> None:
+            seen.update({n: p.grad for n, p in student.named_parameters()})
+
+        optimizer.register_step_pre_hook(look)
+        for stage in (*stages(), *reversed(stages())):  # a stage after another, both ways
+            if processes == 1:
+                terms = train_step(global_batch(), stage)
+                found[f"{kind}/{stage}"] = (dict(seen), terms)
+                continue
+            for share, ranks in SHARES.items():
+                batches = [part(*bounds) for bounds in ranks[rank]]
+                terms = train_step(batches, stage, model=model)
+                found[f"{kind}/{stage}/{share}"] = (dict(seen), terms)
+    return found
+
+
+def collate(samples: list[Any]) -> dict[str, Tensor]:
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    length = int(batch["attention_mask"].sum(-1).max())
+    return {k: v[:, :length] if v.dim() == 2 else v for k, v in batch.items()}
+
+
+def trainer_of(name: str, processes: int, **settings: Any) -> Any:
+    trainer = trainer_for(
+        ROOT / f"{name}-{processes}",
+        schedule=settings.pop("schedule", Schedule.gradual(6)),
+        per_device_train_batch_size=8
+        // processes
+        // settings.get("gradient_accumulation_steps", 1),
+        **{
+            "rate": 0.0,
+            "max_steps": 8,
+            "qat_optimizer": "bert_adam",
+            "logging_steps": 2,
+            **settings,
+        },
+        logging_strategy="steps",
+        ddp_backend="gloo" if processes > 1 else None,
+    )
+    trainer.train_dataset = rows(24)
+    trainer.data_collator = collate
+    return trainer
+
+
+def training(rank: int, processes: int, **settings: Any) -> dict[str, Any]:
+    """Weights and log of a training; sentences of unequal length on the ranks."""
+    trainer = trainer_of("training", processes, **settings)
+    trainer.train()
+    wrapper = type(trainer.model_wrapped).__name__
+    return {
+        "weights": weights_of(trainer.model),
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "wrapper": wrapper,
+    }
+
+
+def accumulated(rank: int, processes: int) -> dict[str, Any]:
+    return training(rank, processes, gradient_accumulation_steps=2)
+
+
+def resumed(rank: int, processes: int) -> dict[str, Any]:
+    """A training with dropout, straight through and resumed at every second step."""
+    settings: dict[str, Any] = {"rate": 0.1, "qat_optimizer": "adamw"}
+    whole = trainer_of("whole", processes, save_strategy="steps", save_steps=2, **settings)
+    whole.train()
+    found = {"whole": weights_of(whole.model)}
+    for step in (2, 4, 6):
+        torch.manual_seed(100 * rank + step)
+        again = trainer_of("again", processes, **settings)
+        again.train(resume_from_checkpoint=str(ROOT / f"whole-{processes}" / f"checkpoint-{step}"))
+        found[f"resumed at {step}"] = weights_of(again.model)
+    return found
+
+
+def broken(rank: int, processes: int) -> dict[str, Any]:
+    """Data that are NaN on one rank stop all ranks at the same step, with the same error."""
+    trainer = trainer_of("broken", processes, max_steps=20)
+    real = trainer.distiller.step
+
+    def step(*args: Any, **options: Any) -> Any:
+        out = real(*args, **options)
+        if rank == 1 and trainer.state.global_step == 2:
+            out.loss.data.fill_(float("nan"))
+        return out
+
+    trainer.distiller.step = step
+    try:
+        trainer.train()
+    except NonFiniteLossError as error:
+        return {"error": str(error), "step": trainer.state.global_step}
+    return {}
+
+
+def refused(rank: int, processes: int) -> dict[str, Any]:
+    found = {}
+    for setting in ({"ddp_find_unused_parameters": False}, {"ddp_static_graph": True}):
+        try:
+            trainer_of("refused", processes, **setting)
+        except TutelageError as error:
+            found[next(iter(setting))] = str(error)
+    return found
+
+
+CASES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[int, ...]]] = {
+    "gradients": (gradients, (1, 2)),
+    "training": (training, (1, 2)),
+    "accumulated": (accumulated, (2,)),
+    "resumed": (resumed, (2,)),
+    "broken": (broken, (2,)),
+    "refused": (refused, (2,)),
+}
+
+
+def child(rank: int, processes: int, names: list[str]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=(ROOT / "port").read_text(),
+    )
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if processes == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name)
+    else:
+        torch.distributed.init_process_group("gloo")
+    for name in names:
+        found = CASES[name][0](rank, processes)
+        torch.save(found, ROOT / f"{name}-{processes}-{rank}.pt")
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def spawn(processes: int) -> None:
+    names = [name for name, (_, counts) in CASES.items() if processes in counts]
+    children = []
+    for rank in range(processes):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                child(rank, processes, names)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(pid)
+    while children:
+        pid, status = os.wait()
+        children.remove(pid)
+        if status:
+            for other in children:  # it would wait for the one that failed
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"a process of {processes} failed")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
+    torch.set_num_threads(1)
+    for count in (1, 2):
+        spawn(count)

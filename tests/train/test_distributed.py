@@ -1,0 +1,111 @@
+"""Two processes train as one process with the samples of both."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import differing
+
+_HERE = Path(__file__).resolve()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("distributed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (root / "port").write_text(str(free.getsockname()[1]))
+    found = subprocess.run(
+        [sys.executable, str(_HERE.with_name("distributed_processes.py")), str(root)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+            ),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    return root
+
+
+def _load(run: Path, case: str, processes: int, rank: int = 0) -> Any:
+    return torch.load(run / f"{case}-{processes}-{rank}.pt", weights_only=False)
+
+
+def test_gradients_of_every_stage_equal_those_of_one_process(run: Path) -> None:
+    alone = _load(run, "gradients", 1)
+    ranks = [_load(run, "gradients", 2, rank) for rank in range(2)]
+    assert len(ranks[0]) == 2 * len(alone) == 2 * 3 * 4
+    for case, (expected, terms) in alone.items():
+        whole = torch.stack([g.norm() for g in expected.values() if g is not None]).norm()
+        for share in ("one", "two"):
+            both = [rank[f"{case}/{share}"] for rank in ranks]
+            for name, gradient in expected.items():
+                for found, _ in both:
+                    # What rests in one process rests in two: a zero would let weights decay.
+                    assert (found[name] is None) == (gradient is None), (case, share, name)
+                    if gradient is not None:
+                        error = (found[name] - gradient).norm()
+                        assert error <= 1e-5 * whole, (case, share, name)
+            for name, value in terms.items():
+                mean = (both[0][1][name] + both[1][1][name]) / 2
+                torch.testing.assert_close(mean, value, rtol=1e-5, atol=1e-8)
+
+
+def test_a_stage_leaves_parameters_without_gradient(run: Path) -> None:
+    # Else the test above could not tell whether DDP copes with that.
+    alone = _load(run, "gradients", 1)
+    resting = {
+        case: [n for n, g in found.items() if g is None] for case, (found, _) in alone.items()
+    }
+    assert any("value" in name for name in resting["code/attention_output"])
+    assert resting["paper/none"] == []
+
+
+@pytest.mark.parametrize("case", ["training", "accumulated"])
+def test_two_processes_train_as_one(run: Path, case: str) -> None:
+    alone, ranks = _load(run, "training", 1), [_load(run, case, 2, rank) for rank in range(2)]
+    assert ranks[0]["wrapper"] == "DistributedDataParallel"
+    assert differing(ranks[0]["weights"], ranks[1]["weights"]) == []
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][name], value, atol=1e-5, rtol=1e-4)
+    for found in ranks:
+        for one, other in zip(alone["log"], found["log"], strict=True):
+            assert one.keys() == other.keys()
+            for key in one.keys() - {"epoch"}:
+                assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-9), key
+
+
+def test_resuming_two_processes_equals_training_through(run: Path) -> None:
+    for rank in range(2):
+        found = _load(run, "resumed", 2, rank)
+        assert len(found) == 4
+        for name, weights in found.items():
+            assert differing(weights, found["whole"]) == [], name
+
+
+def test_nan_in_one_process_stops_all(run: Path) -> None:
+    first, second = (_load(run, "broken", 2, rank) for rank in range(2))
+    assert first == second
+    assert first["step"] == 4
+    assert "became NaN or infinite before step 5" in first["error"]
+
+
+def test_settings_of_ddp_that_would_fail_are_refused(run: Path) -> None:
+    found = _load(run, "refused", 2)
+    assert "ddp_find_unused_parameters" in found["ddp_find_unused_parameters"]
+    assert "ddp_static_graph" in found["ddp_static_graph"]
