@@ -284,7 +284,7 @@ def test_a_model_that_sees_other_items_is_refused() -> None:
 
     distiller = Distiller(student, teacher, Losses.of({"hidden_states": 1.0}))
     counts = distiller.counts([make_batch(4, 7)])
-    with pytest.raises(DataError, match="over 8 positions of a batch that was counted"):
+    with pytest.raises(DataError, match="has 8 positions, the batch's mask 7"):
         distiller.step(make_batch(4, 7), model=Longer(), counts=counts)
     with pytest.raises(DataError, match="holds no tensor"):
         distiller.counts([{"labels": torch.zeros(3)}])

@@ -17,7 +17,7 @@ from ..sites import Signals, Site, Tap
 from . import losses as _losses
 from ._context import BatchItems, LossValue, StepContext
 from ._distributed import anchored
-from ._items import ItemReader, token_mask
+from ._items import ItemReader, read_inputs
 from ._teacher import LiveTeacher, TeacherSource, prediction
 from .losses import Losses, WeightedTerm
 
@@ -76,6 +76,7 @@ class Distiller:
         Raises:
             UnsupportedModelError: The student was not prepared, or is frozen.
             IncompatibleTeacherError: Shapes differ, or parameters are shared.
+            SiteError: A loss term needs a signal that is out of reach.
         """
         state = prepared(student)
         if state is None:
@@ -94,9 +95,9 @@ class Distiller:
             teacher = LiveTeacher(teacher)
         self.student = student
         self.teacher: TeacherSource = teacher
-        self.losses = losses if losses is not None else _losses.default()
         self._sites = state.sites
-        self._read = ItemReader(teacher)
+        self.losses = (losses if losses is not None else _losses.default()).fitted(self._sites)
+        self._read = ItemReader(teacher, self._sites)
         _refuse_other_shape(self._sites.shape(), teacher.sites.shape())
 
     def step(
@@ -128,21 +129,23 @@ class Distiller:
         Raises:
             IncompatibleTeacherError: The logits of the two differ in shape.
             DataError: The batch holds other items than were counted before the forward pass.
-            UnsupportedModelError: The student recomputes activations in the backward pass, or
-                autocast is on.
+            UnsupportedModelError: The student recomputes activations with the reentrant form of
+                gradient checkpointing, or autocast is on.
             RecipeError: The stage is unknown or would leave the attention without gradient.
         """
         active = intervention(stage)
-        terms = self.losses.at(stage)
-        self._refuse_checkpointing()
+        terms = self.losses.at(stage, self._sites)
         self._refuse_autocast()
-        inputs, keys, labels = _split(batch, terms)
+        inputs = dict(batch)
+        keys = inputs.pop(SAMPLE_IDS, None)
+        given = read_inputs(inputs, self.student)
+        labels = _labels(given.labels, terms)
         sites: set[Site] = {site for weighted in terms for site in weighted.term.requires}
-        want = sites | ({active.site} if active else set())
-        teacher_logits, teacher = self.teacher.get(inputs, keys, want)
+        want = sites.union(self._replaced(active))
+        teacher_logits, teacher = self.teacher.get(given.inputs, keys, want)
         tap = self._tap(sites, active, teacher, progress)
         with tap, anchored(self.student, model, tap) as unwrap:
-            output = unwrap((model or self.student)(**inputs))
+            output = unwrap((model or self.student)(**given.inputs))
         student_logits, has_logits = prediction(output)
         if student_logits.shape != teacher_logits.shape:
             raise IncompatibleTeacherError(
@@ -155,13 +158,16 @@ class Distiller:
             student_logits=student_logits,
             teacher_logits=teacher_logits,
             has_logits=has_logits,
-            token_mask=token_mask(inputs),
+            token_mask=given.token_mask,
             labels=labels,
             stage=stage,
             progress=progress,
+            decoder_mask=given.decoder_mask,
+            token_ids=given.token_ids,
+            sites=self._sites,
         )
         if counts is not None:
-            _refuse_other_items(self._read(inputs, keys, labels), context.items)
+            _refuse_other_items(self._read(given, keys, labels), context.items)
         values = {weighted.term.name: weighted.term(context) for weighted in terms}
         means = shares = {name: value.sum / value.count for name, value in values.items()}
         if counts is not None:
@@ -190,7 +196,7 @@ class Distiller:
             RecipeError: A loss term does not count.
             UnsupportedModelError: The predictions are neither per sample nor per token.
         """
-        terms = self.losses.at(stage)
+        terms = self.losses.at(stage, self._sites)
         for weighted in terms:
             if not callable(getattr(weighted.term, "count", None)):
                 raise RecipeError(
@@ -199,19 +205,14 @@ class Distiller:
                 )
         totals: dict[str, Tensor | int] = {weighted.term.name: 0 for weighted in terms}
         for batch in batches:
-            items = self._read(*_split(batch, terms))
+            inputs = dict(batch)
+            keys = inputs.pop(SAMPLE_IDS, None)
+            given = read_inputs(inputs, self.student)
+            items = self._read(given, keys, _labels(given.labels, terms))
             for weighted in terms:
                 name = weighted.term.name
                 totals[name] = totals[name] + weighted.term.count(items)
         return totals
-
-    def _refuse_checkpointing(self) -> None:
-        # The recomputation would run without the intervention and its stop-gradients.
-        if any(getattr(m, "gradient_checkpointing", False) for m in self.student.modules()):
-            raise UnsupportedModelError(
-                "gradient checkpointing is not supported in a distillation step; call "
-                "student.gradient_checkpointing_disable()."
-            )
 
     def _refuse_autocast(self) -> None:
         device = next(self.student.parameters()).device
@@ -220,6 +221,20 @@ class Distiller:
                 "a distillation step runs in float32: autocast would round integer products; "
                 "leave the autocast context."
             )
+
+    def _replaced(self, active: Intervention | None) -> list[Site]:
+        """Returns the site that a stage replaces in every block.
+
+        Cross-attention keeps its value path in every stage: it is the decoder's only way to the
+        encoder, which would learn nothing from the task were its context replaced.
+        """
+        if active is None:
+            return []
+        cut = active.site in ("context", "attention_output")
+        return [
+            "attention_map" if cut and block.kind == "cross" else active.site
+            for block in self._sites.blocks
+        ]
 
     def _tap(
         self,
@@ -230,39 +245,34 @@ class Distiller:
     ) -> Tap:
         if active is None:
             return Tap(self.student, self._sites, record)
-        signal, stage = teacher[active.site], active
+        stage, sites = active, self._replaced(active)
+        found = {
+            site: dict(zip(self._sites.at(site), teacher[site], strict=True)) for site in sites
+        }
 
         def replacement(own: Tensor, index: int) -> Tensor:
-            return stage(own, signal[index], progress)
+            return stage(own, found[sites[index]][index], progress)
 
         return Tap(
             self.student,
             self._sites,
             record,
-            replace=active.site,
+            replace=sites,
             with_=replacement,
-            detach=active.detach,
+            detach=[stage.detach if site == stage.site else ("query", "key") for site in sites],
         )
 
 
-def _split(
-    batch: Mapping[str, Any], terms: tuple[WeightedTerm, ...]
-) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
-    """Returns the model's inputs, the sample ids, and the labels where a term asks for them."""
-    inputs = dict(batch)
-    keys, labels = inputs.pop(SAMPLE_IDS, None), inputs.pop("labels", None)
-    return inputs, keys, labels if any(w.term.needs_labels for w in terms) else None
+def _labels(labels: Tensor | None, terms: tuple[WeightedTerm, ...]) -> Tensor | None:
+    return labels if any(weighted.term.needs_labels for weighted in terms) else None
 
 
 def _refuse_other_items(expected: BatchItems, found: BatchItems) -> None:
     # Shapes only: the masks are the batch's own in both.
-    if (expected.rows, expected.positions) != (found.rows, found.positions) or (
-        found.tokens is not None and expected.tokens != found.tokens
-    ):
+    if (expected.rows, expected.positions) != (found.rows, found.positions):
         raise DataError(
-            f"the model made {found.positions} predictions over {found.tokens} positions of a "
-            f"batch that was counted as {expected.positions} over {expected.tokens}; train it in "
-            "one process and without gradient accumulation."
+            f"the model made {found.positions} predictions of a batch that was counted as "
+            f"{expected.positions}; train it in one process and without gradient accumulation."
         )
 
 

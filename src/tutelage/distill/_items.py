@@ -5,52 +5,84 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DataError, UnsupportedModelError
-from ._context import BatchItems
+from ..sites import SiteMap
+from ._context import BatchItems, is_per_sample
 from ._teacher import TeacherSource
 
-__all__ = ["ItemReader", "token_mask"]
+__all__ = ["ItemReader", "ModelInputs", "read_inputs", "token_mask"]
 
 _TEXT = ("attention_mask", "input_ids", "inputs_embeds")
 
 
-class _Layout(NamedTuple):
-    """What a forward pass tells about batches of one kind.
+class ModelInputs(NamedTuple):
+    """A batch as a model takes it, and what belongs to it.
 
     Attributes:
-        per_token: Whether there is one prediction per token.
-        tokens: Positions of a sample where the batch itself does not say.
+        inputs: Keyword arguments of the model.
+        labels: The batch's labels.
+        token_mask: Real tokens of the input, (batch, tokens); ``None`` where all are real.
+        decoder_mask: The same of a decoder beside an encoder.
+        token_ids: Tokens that predictions per token follow; ``None`` where there are none.
     """
 
-    per_token: bool
-    tokens: int | None
+    inputs: dict[str, Any]
+    labels: Tensor | None
+    token_mask: Tensor | None
+    decoder_mask: Tensor | None
+    token_ids: Tensor | None
+
+
+def read_inputs(batch: Mapping[str, Any], model: nn.Module) -> ModelInputs:
+    """Takes a batch apart.
+
+    An encoder-decoder model that is given labels per token and no ``decoder_input_ids`` gets those
+    that the labels say: without the labels themselves it could not make them.
+
+    Args:
+        batch: What a data loader gave, without sample ids.
+        model: The student.
+    """
+    inputs = dict(batch)
+    labels = inputs.pop("labels", None)
+    decoder_mask = _mask(inputs.get("decoder_attention_mask"))
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+        make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if isinstance(labels, Tensor) and labels.dim() == 2 and callable(make):
+            inputs["decoder_input_ids"] = make(labels=labels)
+            if decoder_mask is None:
+                decoder_mask = labels != -100
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    return ModelInputs(inputs, labels, token_mask(inputs), decoder_mask, ids)
 
 
 class ItemReader:
     """Says what a batch holds from its shapes and masks.
 
     Whether a model predicts per sample or per token is asked of the teacher once, with the first
-    batch; so is the number of positions of samples that are no text, such as images.
+    batch of a kind.
     """
 
-    def __init__(self, teacher: TeacherSource) -> None:
+    def __init__(self, teacher: TeacherSource, sites: SiteMap) -> None:
         """Keeps the teacher.
 
         Args:
             teacher: Predicts in the student's shape.
+            sites: The student's sites.
         """
-        self._teacher = teacher
-        self._layouts: dict[tuple[Any, ...], _Layout] = {}
+        self._teacher, self._sites = teacher, sites
+        self._per_token: dict[tuple[str, ...], bool] = {}
 
     def __call__(
-        self, inputs: Mapping[str, Any], keys: Tensor | None, labels: Tensor | None
+        self, given: ModelInputs, keys: Tensor | None, labels: Tensor | None
     ) -> BatchItems:
         """Returns what a batch holds.
 
         Args:
-            inputs: Model inputs.
+            given: The batch.
             keys: Sample ids where the batch carries them.
             labels: Labels where a loss term asked for them.
 
@@ -58,32 +90,39 @@ class ItemReader:
             DataError: The batch holds no tensor.
             UnsupportedModelError: The predictions are neither per sample nor per token.
         """
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        tensors = {name: v for name, v in given.inputs.items() if isinstance(v, Tensor)}
         if not tensors:
             raise DataError("a batch holds no tensor; pass the model's inputs as tensors.")
-        text = next((tensors[name] for name in _TEXT if name in tensors), None)
-        first = next(iter(tensors.values())) if text is None else text
-        kind: tuple[Any, ...] = tuple(sorted(tensors))
-        if text is None:
-            kind += tuple(tuple(tensors[name].shape[1:]) for name in sorted(tensors))
-        if kind not in self._layouts:
-            self._layouts[kind] = self._ask(inputs, keys, first.shape[0])
-        layout = self._layouts[kind]
-        rows, tokens = first.shape[0], layout.tokens if text is None else text.shape[1]
-        positions = (rows, tokens) if layout.per_token else (rows,)
-        return BatchItems(rows, tokens, positions, token_mask(inputs), labels)  # type: ignore[arg-type]
+        first = next((tensors[n] for n in _TEXT if n in tensors), next(iter(tensors.values())))
+        tokens = tensors.get("decoder_input_ids", first)
+        rows = first.shape[0]
+        kind = tuple(sorted(tensors))
+        if kind not in self._per_token:
+            expected = (rows, tokens.shape[1]) if tokens.dim() > 1 else (rows,)
+            self._per_token[kind] = self._ask(given.inputs, keys, expected)
+        per_token = self._per_token[kind]
+        return BatchItems(
+            rows=rows,
+            positions=(rows, tokens.shape[1]) if per_token else (rows,),
+            token_mask=given.token_mask,
+            prediction_mask=given.token_mask if given.decoder_mask is None else given.decoder_mask,
+            labels=labels,
+            per_sample=is_per_sample(self._sites, given.token_mask),
+            causal=self._sites.causal,
+        )
 
-    def _ask(self, inputs: Mapping[str, Any], keys: Tensor | None, rows: int) -> _Layout:
-        values, signals = self._teacher.get(inputs, keys, {"block_output"})
-        tokens = signals["block_output"][0].shape[1]
+    def _ask(
+        self, inputs: Mapping[str, Any], keys: Tensor | None, expected: tuple[int, ...]
+    ) -> bool:
+        values, _ = self._teacher.get(inputs, keys, ())
         positions = tuple(values.shape[:-1])
-        if positions not in ((rows,), (rows, tokens)):
+        if positions not in (expected[:1], expected):
             raise UnsupportedModelError(
-                f"the predictions of a batch of {rows} samples of {tokens} tokens have shape "
+                f"the predictions of a batch of {expected[0]} samples have shape "
                 f"{tuple(values.shape)}, neither per sample nor per token; train it in one process "
                 "and without gradient accumulation."
             )
-        return _Layout(len(positions) == 2, tokens)
+        return len(positions) == 2
 
 
 def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
@@ -92,5 +131,8 @@ def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     Args:
         inputs: Model inputs.
     """
-    mask = inputs.get("attention_mask")
+    return _mask(inputs.get("attention_mask"))
+
+
+def _mask(mask: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
