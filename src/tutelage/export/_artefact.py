@@ -12,7 +12,7 @@ from torch import nn
 from .._prepare import Prepared, prepared
 from ..errors import ArtefactError, UnsupportedModelError
 from ._card import model_card
-from ._files import staged_directory, staged_files, write_text
+from ._files import staged_directory, staged_files, write_failures_as_os_error, write_text
 from ._huggingface import FORMAT_VERSION, QUANT_METHOD, verify_files
 
 __all__ = ["load", "save", "weight_bytes", "write_artefact"]
@@ -83,14 +83,9 @@ def _require_prepared(student: nn.Module) -> Prepared:
 
 
 def _write(student: nn.Module, stage: Path, processor: Any, metrics: Mapping[str, Any]) -> None:
-    from safetensors import SafetensorError
-
     model = cast("Any", student)
-    try:
+    with write_failures_as_os_error():
         model.save_pretrained(stage)
-    except SafetensorError as error:
-        # safetensors reports a full disk with an exception of its own.
-        raise OSError(None, str(error)) from error
     processor = processor if processor is not None else _processor_of(model)
     if processor is not None:
         processor.save_pretrained(stage)
