@@ -135,25 +135,32 @@ class ModuleSpec(_Spec):
     """How one module of a model is quantized; the resolved map holds one per module.
 
     Attributes:
-        kind: ``"linear"``, ``"embedding"`` or ``"attention"``.
-        weight: Of a Linear or an embedding.
-        input: Of a Linear; ``None`` for weight-only quantization.
+        kind: ``"linear"``, ``"conv1d"`` (GPT-2's transposed Linear), ``"conv2d"`` (a patch
+            embedding), ``"embedding"`` or ``"attention"``.
+        weight: Of all but attention; the rows it scales are output features or table entries.
+        input: Of a Linear or convolution; ``None`` for weight-only quantization.
         attention: Of an attention module.
-        arithmetic: Of a Linear: ``"integer"`` products scaled once at the end, which is exact, or
-            ``"float"`` products of scaled values, as the published code computes them.
+        arithmetic: Of a Linear or convolution: ``"integer"`` products scaled once at the end,
+            which is exact, or ``"float"`` products of scaled values, as the published code
+            computes them.
+        shared_with: The module whose weight, codes and scales this one uses; ``None`` for its own.
     """
 
-    kind: Literal["linear", "embedding", "attention"]
+    kind: Literal["linear", "conv1d", "conv2d", "embedding", "attention"]
     weight: WeightSpec | None = None
     input: ActivationSpec | None = None
     attention: AttentionSpec | None = None
     arithmetic: Literal["integer", "float"] = "integer"
+    shared_with: str | None = None
 
 
 class Rule(_Spec):
     """An exception from the scheme for modules whose whole qualified name matches.
 
     The first rule that matches decides. Both specs ``None`` keeps the module in full precision.
+    Where modules share one weight, as tied embeddings do, a rule that matches one of them decides
+    on the weight of all. A rule is also the way to quantize what no preset touches: the output
+    head of a language model that is not tied, and the convolution that embeds image patches.
 
     Attributes:
         pattern: Regular expression that must match the whole name.
@@ -183,9 +190,11 @@ class Rule(_Spec):
 class Scheme(_Spec):
     """Which parts of a Transformer are quantized, and how.
 
-    Every Linear inside the base model, the word embeddings and the products inside attention are
-    quantized; position and type embeddings, norms, biases, the softmax, the residual stream and
-    the task head never are.
+    Every Linear (and ``Conv1D``) inside the base model, the word embeddings and the products
+    inside attention are quantized; position and type embeddings, norms, biases, the softmax, the
+    residual stream and the task head never are. An output head that is tied to the word
+    embeddings uses their codes and scales. An untied one, and the convolution that embeds image
+    patches, stay in full precision unless a rule names them.
 
     Attributes:
         name: Shown in summaries and model cards.
@@ -234,26 +243,32 @@ class Scheme(_Spec):
         """Returns the names of all presets."""
         return tuple(_PRESETS)
 
-    def linear(self, name: str) -> ModuleSpec | None:
+    def rule_for(self, name: str) -> Rule | None:
+        """Returns the rule that decides about the module called ``name``, if there is one."""
+        return next((rule for rule in self.rules if rule.matches(name)), None)
+
+    def linear(self, name: str, kind: Literal["linear", "conv1d"] = "linear") -> ModuleSpec | None:
         """Returns how the Linear called ``name`` is quantized, ``None`` for not at all."""
-        weight, input = self.weight, self.input
-        for rule in self.rules:
-            if rule.matches(name):
-                if rule.weight is None:
-                    return None
-                weight, input = rule.weight, rule.input
-                break
-        return ModuleSpec(kind="linear", weight=weight, input=input, arithmetic=self.arithmetic)
+        if self.rule_for(name) is not None:
+            return self.by_rule(name, kind)
+        return ModuleSpec(
+            kind=kind, weight=self.weight, input=self.input, arithmetic=self.arithmetic
+        )
 
     def word_embedding(self, name: str) -> ModuleSpec | None:
         """Returns how the embedding called ``name`` is quantized, ``None`` for not at all."""
-        for rule in self.rules:
-            if rule.matches(name):
-                weight = rule.weight
-                return None if weight is None else ModuleSpec(kind="embedding", weight=weight)
-        if self.embedding is None:
+        rule = self.rule_for(name)
+        weight = self.embedding if rule is None else rule.weight
+        return None if weight is None else ModuleSpec(kind="embedding", weight=weight)
+
+    def by_rule(self, name: str, kind: Literal["linear", "conv1d", "conv2d"]) -> ModuleSpec | None:
+        """Returns how a module that only a rule can quantize is, ``None`` for not at all."""
+        rule = self.rule_for(name)
+        if rule is None or rule.weight is None:
             return None
-        return ModuleSpec(kind="embedding", weight=self.embedding)
+        return ModuleSpec(
+            kind=kind, weight=rule.weight, input=rule.input, arithmetic=self.arithmetic
+        )
 
 
 def _per_token(name: str, kind: str, bits: int) -> Scheme:

@@ -288,7 +288,7 @@ def test_a_failure_of_safetensors_to_write_is_an_artefact_error(tmp_path: Path) 
     from safetensors import SafetensorError
 
     with (
-        pytest.raises(ArtefactError, match="No space left.*nothing was left behind"),
+        pytest.raises(ArtefactError, match=r"No space left.*nothing was left behind"),
         staged_directory(tmp_path / "out"),
         write_failures_as_os_error(),
     ):
