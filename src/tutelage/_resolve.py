@@ -49,7 +49,7 @@ def resolve(model: nn.Module, scheme: Scheme, sites: SiteMap) -> dict[str, Modul
 
 def _candidates(model: nn.Module, scheme: Scheme) -> dict[str, ModuleSpec | None]:
     """Returns every module that can be quantized, with its spec, in the order of the model."""
-    inside = {id(module) for module in getattr(model, "base_model", model).modules()}
+    inside = _inside(model)
     words, head = _word_embeddings(model), _output_embeddings(model)
     groups = _sharing(model)
     tables = {id(module.weight) for module in model.modules() if id(module) in words}
@@ -69,6 +69,16 @@ def _candidates(model: nn.Module, scheme: Scheme) -> dict[str, ModuleSpec | None
             found[name] = spec
         elif kind == "conv2d" and id(module) in inside:
             found[name] = scheme.by_rule(name, "conv2d")
+    return found
+
+
+def _inside(model: nn.Module) -> set[int]:
+    """Returns the modules of the base model, by identity."""
+    base = getattr(model, "base_model", model)
+    found = {id(module) for module in base.modules()}
+    if base is model and any(hasattr(child, "base_model_prefix") for child in model.children()):
+        # The base model of some models with a head goes by another name than their prefix.
+        found -= {id(child) for child in model.children() if isinstance(child, nn.Linear)}
     return found
 
 

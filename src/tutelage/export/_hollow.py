@@ -25,9 +25,11 @@ def make_hollow(model: Any, modules: Mapping[str, ModuleSpec]) -> None:
         ArtefactError: The map does not fit the model.
     """
     specs = _on_model(model, modules)
-    for name in specs:
+    packed = {f"{name}.weight" for name in specs}
+    for target, source in list(model.all_tied_weights_keys.items()):
         # Packed weights are tied by the map; transformers would look for parameters.
-        model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        if target in packed or source in packed:
+            del model.all_tied_weights_keys[target]
     with use_attention(model, keep=True):
         for name, spec in sorted(specs.items(), key=lambda item: item[1].shared_with or ""):
             _hollow(model, model.get_submodule(name), spec)

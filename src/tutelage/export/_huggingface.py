@@ -136,12 +136,20 @@ class PackedQuantizer(HfQuantizer):
             )
         return dtype
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """Packed files carry the names of the modules in the map, not those of older formats."""
+        return []
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = cast("PackedConfig", self.quantization_config)
         modules = config.specs()
         stored = verify_files([Path(str(f)) for f in kwargs.get("checkpoint_files") or ()])
         make_hollow(model, modules)
         refuse_other_tensors(model, stored)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _keep_names(model)
         return model
 
 
@@ -194,6 +202,11 @@ def verify_files(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     return seen
 
 
+def _keep_names(model: Any) -> None:
+    # save_pretrained would write the names that the model's first release used.
+    model._weight_conversions = []
+
+
 def attach_quantizer(model: nn.Module, scheme: Scheme, modules: Mapping[str, ModuleSpec]) -> None:
     """Makes ``model.save_pretrained`` write the packed form.
 
@@ -211,6 +224,7 @@ def attach_quantizer(model: nn.Module, scheme: Scheme, modules: Mapping[str, Mod
     target = cast("Any", model)
     target.config.quantization_config = config
     target.hf_quantizer = PackedQuantizer(config)
+    _keep_names(target)
 
 
 def register() -> None:
