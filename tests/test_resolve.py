@@ -67,6 +67,19 @@ def test_gpt2_quantizes_every_conv1d() -> None:
     assert type(student.transformer.wpe) is nn.Embedding
 
 
+def test_t5_keeps_relative_positions() -> None:
+    student = make_any_student("t5")
+    found = weight_map(student)
+    tables = {n for n, m in student.named_modules() if isinstance(m, nn.Embedding)}
+    assert sum("relative_attention_bias" in name for name in tables) == 2
+    kept = {name for name in tables if name not in found}
+    assert all("relative_attention_bias" in name for name in kept)
+    assert len(kept) == 2
+    linears = {n for n, m in student.named_modules() if isinstance(m, nn.Linear)}
+    assert linears == {n for n, spec in found.items() if spec.kind == "linear"}
+    assert len(linears) == 2 * (4 + 2) + 2 * (8 + 2) + 1
+
+
 def test_albert_uses_one_block_many_times() -> None:
     found = weight_map(make_any_student("albert-mlm"))
     block = "albert.encoder.albert_layer_groups.0.albert_layers.0"
@@ -204,6 +217,14 @@ def test_without_a_spec_for_embeddings_table_and_head_stay() -> None:
     student = prepare(make_model("llama"), scheme)
     assert type(student.lm_head) is nn.Linear
     assert type(student.model.embed_tokens) is nn.Embedding
+
+
+def test_untied_tables_of_encoder_and_decoder_are_quantized_each() -> None:
+    found = weight_map(make_any_student("bart", tie_word_embeddings=False))
+    tables = {name: spec for name, spec in found.items() if spec.kind == "embedding"}
+    assert {"model.encoder.embed_tokens", "model.decoder.embed_tokens"} <= set(tables)
+    assert {spec.shared_with for spec in tables.values()} == {None}
+    assert "lm_head" not in found
 
 
 # Other modules that share.

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 
+from ._precision import upcast
 from ._resolve import refuse_unsupported, resolve
 from .errors import SchemeError, UnsupportedModelError
 from .nn import AttentionQuantizer, QuantWeight, quantize_module, use_attention
@@ -89,8 +89,7 @@ def prepare(
     sites = discover(model)
     modules = resolve(model, scheme, sites)
     refuse_unsupported(model, modules)
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        model.float()
+    upcast(model)
     own_config(model)
     with use_attention(model, keep=True):
         _convert(model, modules)
