@@ -62,7 +62,7 @@ def test_float32_is_left_alone() -> None:
 
 def test_foreign_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("gemma3").to(torch.bfloat16)
-    monkeypatch.setattr(type(model.model), "is_custom_code", lambda self: True)
+    monkeypatch.setattr(type(model.model), "_init_weights", lambda self, module: None)
     with pytest.raises(UnsupportedModelError, match=r"'embed_scale'.*load the model with dtype"):
         upcast(model)
     assert next(model.parameters()).dtype == torch.bfloat16

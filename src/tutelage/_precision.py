@@ -33,7 +33,7 @@ def upcast(model: nn.Module) -> None:
         return
     stale = [(module, owner) for module, owner in _owned(model) if _rounded(module)]
     for module, owner in stale:
-        if cast("Any", owner).is_custom_code():
+        if not cast("Any", owner)._init_weights.__module__.startswith("transformers."):
             raise UnsupportedModelError(
                 f"the buffer {_rounded(module)[0]!r} of a {type(module).__name__} is in half "
                 "precision and is not saved with the model; load the model with "
