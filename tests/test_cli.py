@@ -17,7 +17,7 @@ import yaml
 
 import tutelage
 from helpers import WORDS, make_tokenizer, save_tiny, write_rows
-from tutelage import cli, scheme
+from tutelage import _presets, cli, scheme
 from tutelage.scheme import Rule
 from tutelage.train.recipe import load_recipe, recipe_from_dict
 from tutelage.train.run import run_recipe
@@ -231,7 +231,7 @@ def test_bad_input_is_refused_in_one_line(
     nothing = scheme.Scheme.preset("ternary-a8").model_copy(
         update={"rules": (Rule(pattern=".*"),), "name": "nothing"}
     )
-    monkeypatch.setitem(scheme._PRESETS, "nothing", nothing)
+    monkeypatch.setitem(_presets.PRESETS, "nothing", nothing)
     before = sorted(p.name for p in tmp_path.iterdir())
     line = refused(run("train", recipe, *(a.format(tmp_path) for a in arguments)))
     assert message in line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from ..kernels import integer_linear
 from ..quantizers import Quantized, Quantizer
+from ._weight import QuantWeight
 
-__all__ = ["Arithmetic", "QuantLinear", "quantized_linear", "scaled_integer_linear"]
+__all__ = [
+    "Arithmetic",
+    "QuantLinear",
+    "QuantProduct",
+    "quantized_linear",
+    "scaled_integer_linear",
+]
 
 
 Arithmetic = Literal["integer", "float"]
@@ -102,40 +109,25 @@ class _QuantLinearFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-class QuantLinear(nn.Linear):
-    """``nn.Linear`` whose weight, and input where wanted, are quantized in the forward pass.
-
-    Made in place from an existing ``nn.Linear`` by ``tutelage.prepare``; parameters, hooks and
-    names stay. ``weight`` is the latent full-precision weight.
+class QuantProduct(QuantWeight):
+    """A product with a quantized weight, and a quantized input where wanted.
 
     Attributes:
-        weight_quantizer: Quantizer of the weight, one scale per row or tensor.
+        bias: Shape (out_features,), or ``None``.
         input_quantizer: Quantizer of the input, or ``None`` for weight-only quantization.
         arithmetic: How the product is computed.
     """
 
-    weight_quantizer: Quantizer
+    bias: Tensor | None
     input_quantizer: Quantizer | None
     arithmetic: Arithmetic
 
     @classmethod
-    def from_linear(
-        cls,
-        module: nn.Linear,
-        weight: nn.Module,
-        input: nn.Module | None,
-        arithmetic: Arithmetic = "integer",
-    ) -> QuantLinear:
-        """Turns ``module`` into a ``QuantLinear`` in place and returns it.
-
-        Args:
-            module: A plain ``nn.Linear``.
-            weight: Quantizer of the weight.
-            input: Quantizer of the input, or ``None``.
-            arithmetic: How the product is computed.
-        """
+    def _from_module(
+        cls, module: nn.Module, weight: nn.Module, input: nn.Module | None, arithmetic: Arithmetic
+    ) -> Self:
         module.__class__ = cls
-        made = cast("QuantLinear", module)
+        made = cast("Self", module)
         made.weight_quantizer = cast("Quantizer", weight)
         made.input_quantizer = cast("Quantizer | None", input)
         made.arithmetic = arithmetic
@@ -153,15 +145,46 @@ class QuantLinear(nn.Linear):
             Shape (*batch, out_features), float32.
         """
         if self.input_quantizer is None:
-            return nn.functional.linear(input, self.weight_quantizer(self.weight), self.bias)
+            return nn.functional.linear(input, self.weight_quantizer(self.weight_rows()), self.bias)
         return cast(
             "Tensor",
             _QuantLinearFunction.apply(
                 input,
-                self.weight,
+                self.weight_rows(),
                 self.bias,
                 self.input_quantizer,
                 self.weight_quantizer,
                 self.arithmetic,
             ),
         )
+
+
+class QuantLinear(QuantProduct, nn.Linear):  # type: ignore[misc]
+    """``nn.Linear`` whose weight, and input where wanted, are quantized in the forward pass.
+
+    Made in place from an existing ``nn.Linear`` by ``tutelage.prepare``; parameters, hooks and
+    names stay. ``weight`` is the latent full-precision weight.
+
+    Attributes:
+        weight_quantizer: Quantizer of the weight, one scale per row or tensor.
+        input_quantizer: Quantizer of the input, or ``None`` for weight-only quantization.
+        arithmetic: How the product is computed.
+    """
+
+    @classmethod
+    def from_linear(
+        cls,
+        module: nn.Linear,
+        weight: nn.Module,
+        input: nn.Module | None,
+        arithmetic: Arithmetic = "integer",
+    ) -> QuantLinear:
+        """Turns ``module`` into a ``QuantLinear`` in place and returns it.
+
+        Args:
+            module: A plain ``nn.Linear``.
+            weight: Quantizer of the weight.
+            input: Quantizer of the input, or ``None``.
+            arithmetic: How the product is computed.
+        """
+        return cls._from_module(module, weight, input, arithmetic)
