@@ -125,6 +125,10 @@ def accumulated(rank: int, processes: int) -> dict[str, Any]:
     return training(rank, processes, gradient_accumulation_steps=2)
 
 
+def bf16(rank: int, processes: int) -> dict[str, Any]:
+    return training(rank, processes, bf16=True)
+
+
 def resumed(rank: int, processes: int) -> dict[str, Any]:
     """A training with dropout, straight through and resumed at every second step."""
     settings: dict[str, Any] = {"rate": 0.1, "qat_optimizer": "adamw"}
@@ -172,6 +176,7 @@ CASES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[int, ...]]] = {
     "gradients": (gradients, (1, 2)),
     "training": (training, (1, 2)),
     "accumulated": (accumulated, (2,)),
+    "bf16": (bf16, (2,)),
     "resumed": (resumed, (2,)),
     "broken": (broken, (2,)),
     "refused": (refused, (2,)),

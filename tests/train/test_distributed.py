@@ -90,6 +90,15 @@ def test_two_processes_train_as_one(run: Path, case: str) -> None:
                 assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-9), key
 
 
+def test_two_processes_train_in_bf16(run: Path) -> None:
+    alone, ranks = _load(run, "training", 1), [_load(run, "bf16", 2, rank) for rank in range(2)]
+    assert differing(ranks[0]["weights"], ranks[1]["weights"]) == []
+    assert all(weight.dtype != torch.bfloat16 for weight in ranks[0]["weights"].values())
+    expected, found = ([entry["loss"] for entry in r["log"]] for r in (alone, ranks[0]))
+    assert found != expected
+    assert found == pytest.approx(expected, rel=0.05)
+
+
 def test_resuming_two_processes_equals_training_through(run: Path) -> None:
     for rank in range(2):
         found = _load(run, "resumed", 2, rank)

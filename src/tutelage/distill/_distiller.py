@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._prepare import prepared
-from ..errors import DataError, IncompatibleTeacherError, RecipeError, UnsupportedModelError
+from ..errors import IncompatibleTeacherError, RecipeError, UnsupportedModelError
 from ..intervention import NO_INTERVENTION, Intervention, intervention
 from ..sites import Signals, Site, Tap
 from . import losses as _losses
-from ._context import BatchItems, LossValue, StepContext
+from ._context import LossValue, StepContext
 from ._distributed import anchored
-from ._items import ItemReader, token_mask
+from ._items import ItemReader, refuse_other_items, token_mask
 from ._teacher import LiveTeacher, TeacherSource, prediction
 from .losses import Losses, WeightedTerm
 
@@ -111,7 +111,8 @@ class Distiller:
         """Runs teacher and student on a batch and compares them.
 
         Training and eval mode of the student are left as they are; the stage holds in both. No
-        value is moved to the host.
+        value is moved to the host. Under ``torch.autocast`` to bfloat16 teacher and student run in
+        it; quantized products, softmax and losses are computed in float32 all the same.
 
         Args:
             batch: Keyword arguments of the student's forward; ``labels`` are used only by a loss
@@ -129,13 +130,13 @@ class Distiller:
             IncompatibleTeacherError: The logits of the two differ in shape.
             DataError: The batch holds other items than were counted before the forward pass.
             UnsupportedModelError: The student recomputes activations in the backward pass, or
-                autocast is on.
+                autocast to float16 is on.
             RecipeError: The stage is unknown or would leave the attention without gradient.
         """
         active = intervention(stage)
         terms = self.losses.at(stage)
         self._refuse_checkpointing()
-        self._refuse_autocast()
+        self._refuse_float16()
         inputs, keys, labels = _split(batch, terms)
         sites: set[Site] = {site for weighted in terms for site in weighted.term.requires}
         want = sites | ({active.site} if active else set())
@@ -150,10 +151,10 @@ class Distiller:
                 f"{tuple(teacher_logits.shape)}; fine-tune the teacher for this task first."
             )
         context = StepContext(
-            student=tap.signals(),
-            teacher=teacher,
-            student_logits=student_logits,
-            teacher_logits=teacher_logits,
+            student=_float32(tap.signals()),
+            teacher=_float32(teacher),
+            student_logits=_full(student_logits),
+            teacher_logits=_full(teacher_logits),
             has_logits=has_logits,
             token_mask=token_mask(inputs),
             labels=labels,
@@ -161,8 +162,9 @@ class Distiller:
             progress=progress,
         )
         if counts is not None:
-            _refuse_other_items(self._read(inputs, keys, labels), context.items)
-        values = {weighted.term.name: weighted.term(context) for weighted in terms}
+            refuse_other_items(self._read(inputs, keys, labels), context.items)
+        with torch.autocast(self._device.type, enabled=False):
+            values = {weighted.term.name: weighted.term(context) for weighted in terms}
         means = shares = {name: value.sum / value.count for name, value in values.items()}
         if counts is not None:
             shares = {name: value.sum / counts[name] for name, value in values.items()}
@@ -213,13 +215,17 @@ class Distiller:
                 "student.gradient_checkpointing_disable()."
             )
 
-    def _refuse_autocast(self) -> None:
-        device = next(self.student.parameters()).device
-        if torch.is_autocast_enabled(device.type):
+    def _refuse_float16(self) -> None:
+        device = self._device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             raise UnsupportedModelError(
-                "a distillation step runs in float32: autocast would round integer products; "
-                "leave the autocast context."
+                "autocast to float16 loses small gradients without a GradScaler, which a "
+                "distillation step does not use; take torch.bfloat16."
             )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.student.parameters()).device
 
     def _tap(
         self,
@@ -245,6 +251,14 @@ class Distiller:
         )
 
 
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _float32(signals: Signals) -> Signals:
+    return {site: tuple(_full(tensor) for tensor in found) for site, found in signals.items()}
+
+
 def _split(
     batch: Mapping[str, Any], terms: tuple[WeightedTerm, ...]
 ) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
@@ -252,18 +266,6 @@ def _split(
     inputs = dict(batch)
     keys, labels = inputs.pop(SAMPLE_IDS, None), inputs.pop("labels", None)
     return inputs, keys, labels if any(w.term.needs_labels for w in terms) else None
-
-
-def _refuse_other_items(expected: BatchItems, found: BatchItems) -> None:
-    # Shapes only: the masks are the batch's own in both.
-    if (expected.rows, expected.positions) != (found.rows, found.positions) or (
-        found.tokens is not None and expected.tokens != found.tokens
-    ):
-        raise DataError(
-            f"the model made {found.positions} predictions over {found.tokens} positions of a "
-            f"batch that was counted as {expected.positions} over {expected.tokens}; train it in "
-            "one process and without gradient accumulation."
-        )
 
 
 def _refuse_shared(student: nn.Module, teacher: nn.Module) -> None:

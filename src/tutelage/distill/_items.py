@@ -11,7 +11,7 @@ from ..errors import DataError, UnsupportedModelError
 from ._context import BatchItems
 from ._teacher import TeacherSource
 
-__all__ = ["ItemReader", "token_mask"]
+__all__ = ["ItemReader", "refuse_other_items", "token_mask"]
 
 _TEXT = ("attention_mask", "input_ids", "inputs_embeds")
 
@@ -94,3 +94,24 @@ def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     """
     mask = inputs.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def refuse_other_items(expected: BatchItems, found: BatchItems) -> None:
+    """Refuses a forward pass over other items than were counted before it.
+
+    Args:
+        expected: What ``ItemReader`` said.
+        found: What the forward pass made.
+
+    Raises:
+        DataError: They differ.
+    """
+    # Shapes only: the masks are the batch's own in both.
+    if (expected.rows, expected.positions) != (found.rows, found.positions) or (
+        found.tokens is not None and expected.tokens != found.tokens
+    ):
+        raise DataError(
+            f"the model made {found.positions} predictions over {found.tokens} positions of a "
+            f"batch that was counted as {expected.positions} over {expected.tokens}; train it in "
+            "one process and without gradient accumulation."
+        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels import resident_codes
 from ..quantizers import BaseQuantizer, Grid, Quantized, packed_width, unpack
 from ._linear import Arithmetic, quantized_linear
+from ._precision import in_float32
 
 __all__ = ["PackedEmbedding", "PackedLinear"]
 
@@ -79,6 +80,7 @@ class PackedLinear(nn.Module):
             self._codes = resident_codes(unpack(rows, self.in_features, self.grid))
         return self._codes
 
+    @in_float32
     def forward(
         self, input: Float[Tensor, "*batch in_features"]
     ) -> Float[Tensor, "*batch out_features"]:
@@ -89,7 +91,7 @@ class PackedLinear(nn.Module):
         """
         if self.input_quantizer is None:
             values = self.codes().float() * self.weight_scale
-            return nn.functional.linear(input, values, self.bias)
+            return nn.functional.linear(input.to(values.dtype), values, self.bias)
         weight = Quantized(self.codes(), self.weight_scale)
         quantized = self.input_quantizer.quantize(input)
         return quantized_linear(quantized, weight, self.bias, self.arithmetic)

@@ -37,6 +37,9 @@ MANIFEST = "tutelage_checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _REQUIRED = (LATENT_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
+_FORMERLY = {"precision": "no"}
+"""Settings that checkpoints of earlier versions do not hold, and what they were."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -150,6 +153,7 @@ def refuse_other_run(checkpoint: Path, run: Mapping[str, Any]) -> None:
         CheckpointError: A setting differs.
     """
     stored = verify(checkpoint)["run"]
+    stored = {**_FORMERLY, **stored}
     current = json.loads(json.dumps(dict(run)))
     for key in sorted(current):
         if stored.get(key) != current[key]:

@@ -100,7 +100,8 @@ class QATTrainer(Trainer):
             **kwargs: Passed to ``Trainer``.
 
         Raises:
-            UnsupportedModelError: The student was not prepared, or sharded training was asked for.
+            UnsupportedModelError: The student was not prepared, or sharded training or float16 was
+                asked for.
             IncompatibleTeacherError: Teacher and student do not fit.
             RecipeError: Several processes, and a setting of DDP under which they would fail.
         """
@@ -124,10 +125,12 @@ class QATTrainer(Trainer):
             raise UnsupportedModelError(
                 "QATTrainer does not train sharded models; start it without FSDP and DeepSpeed."
             )
-        if self.args.bf16 or self.args.fp16:
+        precision = "fp16" if self.args.fp16 else self.accelerator.mixed_precision
+        full_eval = self.args.fp16_full_eval or self.args.bf16_full_eval
+        if precision not in ("no", "bf16") or full_eval:
             raise UnsupportedModelError(
-                "QATTrainer trains in float32: integer products would be rounded; leave out bf16 "
-                "and fp16."
+                "QATTrainer trains in float32 or with bf16=True; leave out fp16, whose gradients "
+                "vanish, and fp16_full_eval and bf16_full_eval, which would round latent weights."
             )
         if self.args.n_gpu > 1:
             raise UnsupportedModelError(
@@ -223,21 +226,27 @@ class QATTrainer(Trainer):
         stage = self.active_schedule(step)
         parts = self._parts if any(inputs is part for part in self._parts) else [inputs]
         begins = inputs is parts[0]
-        if begins:
-            here = [self._prepare_inputs(part) for part in parts]
-            self._counts = self._step.counts(here, stage, model=model)
-        terms = self._step.accumulate(
-            self._prepare_inputs(inputs),
-            stage,
-            progress=torch.full((), step / length, device=self.args.device),
-            model=model,
-            backward=self.accelerator.backward,
-            counts=self._counts,
-        )
+        # Accelerate wraps the student alone in autocast; the teacher is to run in it, too.
+        with self.accelerator.autocast():
+            if begins:
+                here = [self._prepare_inputs(part) for part in parts]
+                self._counts = self._step.counts(here, stage, model=model)
+            terms = self._step.accumulate(
+                self._prepare_inputs(inputs),
+                stage,
+                progress=torch.full((), step / length, device=self.args.device),
+                model=model,
+                backward=self._backward,
+                counts=self._counts,
+            )
         for name, value in terms.items():
             total, steps = self._sums.get(name, (torch.zeros_like(value), 0))
             self._sums[name] = (total + value, steps + begins)
         return terms["loss"]
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):
+            self.accelerator.backward(loss)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluates a batch without intervention; see ``Trainer.prediction_step``."""
@@ -338,7 +347,12 @@ class QATTrainer(Trainer):
         assert state is not None
         steps = self.state.max_steps
         return run_settings(
-            self.args, state.scheme, self.distiller.losses, self._active_schedule, steps
+            self.args,
+            state.scheme,
+            self.distiller.losses,
+            self._active_schedule,
+            steps,
+            self.accelerator.mixed_precision,
         )
 
     def _refuse_broken_weights(self) -> None:
