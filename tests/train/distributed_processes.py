@@ -5,6 +5,7 @@ Called as ``python distributed_processes.py FOLDER``. Every case leaves ``CASE-P
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -16,12 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+import tutelage
 from helpers import make_batch, pair, rows, trainer_for, weights_of
 from tutelage import Distiller, Schedule, TrainStep, losses
 from tutelage.distill.losses import Losses
 from tutelage.errors import NonFiniteLossError, TutelageError
 from tutelage.intervention import stages
+from tutelage.train import BertAdam
 
 ROOT = Path(sys.argv[1])
 LOSSES = {
@@ -53,20 +60,35 @@ def wrapped(student: nn.Module, processes: int) -> nn.Module | None:
     return nn.parallel.DistributedDataParallel(student, find_unused_parameters=True)
 
 
-def gradients(rank: int, processes: int) -> dict[str, Any]:
+def sharded(student: Any) -> None:
+    """Shards a student in place, as accelerate does: embeddings, every block, the rest."""
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(student.get_input_embeddings(), mesh=mesh)
+    for block in student.bert.encoder.layer:
+        fully_shard(block, mesh=mesh)
+    fully_shard(student, mesh=mesh)
+
+
+def whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(rank: int, processes: int, *, shard: bool = False) -> dict[str, Any]:
     """Gradients of one step: every stage, set of losses and number of micro-batches."""
     found: dict[str, Any] = {}
     for kind, chosen in LOSSES.items():
         student, teacher = pair("bert", dropout=0.0)
         student.train()
-        model = wrapped(student, processes)
+        model = None if shard else wrapped(student, processes)
+        if shard:
+            sharded(student)
         # An update of nothing: the gradients are looked at.
         optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
         train_step = TrainStep(Distiller(student, teacher, chosen), optimizer, max_grad_norm=None)
         seen: dict[str, Tensor | None] = {}
 
         def look(*_: Any, student: nn.Module = student, seen: dict[str, Any] = seen) -> None:
-            seen.update({n: p.grad for n, p in student.named_parameters()})
+            seen.update({n: whole(p.grad) for n, p in student.named_parameters()})
 
         optimizer.register_step_pre_hook(look)
         for stage in (*stages(), *reversed(stages())):  # a stage after another, both ways
@@ -78,6 +100,54 @@ def gradients(rank: int, processes: int) -> dict[str, Any]:
                 batches = [part(*bounds) for bounds in ranks[rank]]
                 terms = train_step(batches, stage, model=model)
                 found[f"{kind}/{stage}/{share}"] = (dict(seen), terms)
+    return found
+
+
+def sharded_gradients(rank: int, processes: int) -> dict[str, Any]:
+    return gradients(rank, processes, shard=True)
+
+
+def sharded_training(rank: int, processes: int) -> dict[str, Any]:
+    """Weights and losses of a loop of one's own, and the packed model that comes of it."""
+    student, teacher = pair("bert", dropout=0.0)
+    plain = copy.deepcopy(student)
+    student.train()
+    if processes > 1:
+        sharded(student)
+    optimizer = BertAdam(student.parameters(), lr=1e-3)
+    train_step = TrainStep(Distiller(student, teacher), optimizer, max_grad_norm=0.5)
+    schedule, logged = Schedule.gradual(6), []
+    for step in range(8):
+        batches = [part(*b) for b in SHARES["two"][rank]] if processes > 1 else global_batch()
+        logged.append(train_step(batches, schedule(step))["loss"].item())
+    options = StateDictOptions(full_state_dict=True)
+    plain.load_state_dict(get_model_state_dict(student, options=options))
+    found = {"weights": weights_of(plain), "losses": logged}
+    if rank == 0:
+        tutelage.save(plain, ROOT / f"packed-{processes}")
+    return found
+
+
+def sharded_bf16(rank: int, processes: int) -> dict[str, Any]:
+    """Weights cast by FSDP are refused; autocast is not."""
+    found: dict[str, Any] = {}
+    student, teacher = pair("bert", dropout=0.0)
+    sharded(student)
+    train_step = TrainStep(Distiller(student, teacher), None)
+    batches = [part(*b) for b in SHARES["one"][rank]]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        counts = train_step.counts(batches)
+        terms = train_step.accumulate(batches[0], counts=counts)
+    found["loss"] = terms["loss"].item()
+    found["dtypes"] = {p.grad.dtype for p in student.parameters()}
+    student, teacher = pair("bert", dropout=0.0)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(student, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+    try:
+        Distiller(student, teacher).step(batches[0])
+    except TutelageError as error:
+        found["error"] = str(error)
+    found["hooks"] = sum(len(m._forward_pre_hooks) for n, m in student.named_modules() if n)
     return found
 
 
@@ -164,16 +234,29 @@ def broken(rank: int, processes: int) -> dict[str, Any]:
 
 def refused(rank: int, processes: int) -> dict[str, Any]:
     found = {}
-    for setting in ({"ddp_find_unused_parameters": False}, {"ddp_static_graph": True}):
+    for setting in (
+        {"ddp_find_unused_parameters": False},
+        {"ddp_static_graph": True},
+        {"fsdp": True},
+    ):
         try:
             trainer_of("refused", processes, **setting)
         except TutelageError as error:
             found[next(iter(setting))] = str(error)
+    student, teacher = pair("bert")
+    fully_shard(student.bert.encoder.layer[1], mesh=init_device_mesh("cpu", (2,)))
+    try:
+        Distiller(student, teacher).step(part(0, 2))
+    except TutelageError as error:
+        found["a part"] = str(error)
     return found
 
 
 CASES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[int, ...]]] = {
     "gradients": (gradients, (1, 2)),
+    "sharded_gradients": (sharded_gradients, (2,)),
+    "sharded_training": (sharded_training, (1, 2)),
+    "sharded_bf16": (sharded_bf16, (2,)),
     "training": (training, (1, 2)),
     "accumulated": (accumulated, (2,)),
     "bf16": (bf16, (2,)),

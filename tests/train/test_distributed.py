@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import differing
+import tutelage
+from helpers import differing, inputs_of, logits_of, make_batch, pair
 
 _HERE = Path(__file__).resolve()
 
@@ -46,21 +47,22 @@ def _load(run: Path, case: str, processes: int, rank: int = 0) -> Any:
     return torch.load(run / f"{case}-{processes}-{rank}.pt", weights_only=False)
 
 
-def test_gradients_of_every_stage_equal_those_of_one_process(run: Path) -> None:
+@pytest.mark.parametrize("case", ["gradients", "sharded_gradients"], ids=["ddp", "fsdp"])
+def test_gradients_of_every_stage_equal_those_of_one_process(run: Path, case: str) -> None:
     alone = _load(run, "gradients", 1)
-    ranks = [_load(run, "gradients", 2, rank) for rank in range(2)]
+    ranks = [_load(run, case, 2, rank) for rank in range(2)]
     assert len(ranks[0]) == 2 * len(alone) == 2 * 3 * 4
-    for case, (expected, terms) in alone.items():
+    for key, (expected, terms) in alone.items():
         whole = torch.stack([g.norm() for g in expected.values() if g is not None]).norm()
         for share in ("one", "two"):
-            both = [rank[f"{case}/{share}"] for rank in ranks]
+            both = [rank[f"{key}/{share}"] for rank in ranks]
             for name, gradient in expected.items():
                 for found, _ in both:
                     # What rests in one process rests in two: a zero would let weights decay.
-                    assert (found[name] is None) == (gradient is None), (case, share, name)
+                    assert (found[name] is None) == (gradient is None), (key, share, name)
                     if gradient is not None:
                         error = (found[name] - gradient).norm()
-                        assert error <= 1e-5 * whole, (case, share, name)
+                        assert error <= 1e-5 * whole, (key, share, name)
             for name, value in terms.items():
                 mean = (both[0][1][name] + both[1][1][name]) / 2
                 torch.testing.assert_close(mean, value, rtol=1e-5, atol=1e-8)
@@ -118,3 +120,32 @@ def test_settings_of_ddp_that_would_fail_are_refused(run: Path) -> None:
     found = _load(run, "refused", 2)
     assert "ddp_find_unused_parameters" in found["ddp_find_unused_parameters"]
     assert "ddp_static_graph" in found["ddp_static_graph"]
+    assert "fully_shard" in found["fsdp"]
+    assert "'bert.encoder.layer.1' is sharded (FSDPBertLayer)" in found["a part"]
+
+
+def test_a_sharded_student_trains_as_a_whole_one(run: Path) -> None:
+    alone = _load(run, "sharded_training", 1)
+    ranks = [_load(run, "sharded_training", 2, rank) for rank in range(2)]
+    for found in ranks:
+        for name, value in alone["weights"].items():
+            torch.testing.assert_close(found["weights"][name], value, atol=1e-5, rtol=1e-4)
+    losses = [sum(pair) / 2 for pair in zip(*(found["losses"] for found in ranks), strict=True)]
+    assert losses == pytest.approx(alone["losses"], rel=1e-4)
+    packed = tutelage.load(run / "packed-2")
+    plain = pair("bert")[0]
+    plain.load_state_dict(ranks[0]["weights"])
+    batch = inputs_of(make_batch())
+    assert torch.equal(logits_of(packed, batch), logits_of(plain.eval(), batch))
+
+
+def test_a_sharded_student_under_autocast(run: Path) -> None:
+    for rank in range(2):
+        found = _load(run, "sharded_bf16", 2, rank)
+        assert found["dtypes"] == {torch.float32}
+        assert "leave param_dtype out" in found["error"]
+        assert found["hooks"] == 0
+    loss = sum(_load(run, "sharded_bf16", 2, rank)["loss"] for rank in range(2)) / 2
+    expected = _load(run, "gradients", 1)["paper/none"][1]["loss"].item()
+    assert loss != expected
+    assert loss == pytest.approx(expected, rel=0.01)

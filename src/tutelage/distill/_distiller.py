@@ -16,7 +16,7 @@ from ..intervention import NO_INTERVENTION, Intervention, intervention
 from ..sites import Signals, Site, Tap
 from . import losses as _losses
 from ._context import LossValue, StepContext
-from ._distributed import anchored
+from ._distributed import wrapped_forward
 from ._items import ItemReader, refuse_other_items, token_mask
 from ._teacher import LiveTeacher, TeacherSource, prediction
 from .losses import Losses, WeightedTerm
@@ -119,7 +119,8 @@ class Distiller:
                 term that asks for them, ``SAMPLE_IDS`` only by the teacher.
             stage: Name of the stage, see ``tutelage.intervention.stages``.
             progress: Part of training that is over, 0 to 1, a 0-dim tensor on the device.
-            model: What is called in place of the student, such as its DDP wrapper.
+            model: What is called in place of the student, such as its DDP wrapper. A student that
+                went through ``fully_shard`` is called itself.
             counts: Number of items of every term in the whole optimizer step, of which this batch
                 is a part, see ``counts``; by default those of this batch.
 
@@ -142,8 +143,9 @@ class Distiller:
         want = sites | ({active.site} if active else set())
         teacher_logits, teacher = self.teacher.get(inputs, keys, want)
         tap = self._tap(sites, active, teacher, progress)
-        with tap, anchored(self.student, model, tap) as unwrap:
-            output = unwrap((model or self.student)(**inputs))
+        model = self.student if model is None else model
+        with tap, wrapped_forward(self.student, model, tap) as unwrap:
+            output = unwrap(model(**inputs))
         student_logits, has_logits = prediction(output)
         if student_logits.shape != teacher_logits.shape:
             raise IncompatibleTeacherError(

@@ -121,9 +121,11 @@ class QATTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        # Without a GPU accelerate passes over fsdp in silence.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.fsdp:
             raise UnsupportedModelError(
-                "QATTrainer does not train sharded models; start it without FSDP and DeepSpeed."
+                "QATTrainer does not train sharded models; start it without FSDP and DeepSpeed, or "
+                "call TrainStep in a loop of your own on a student that went through fully_shard."
             )
         precision = "fp16" if self.args.fp16 else self.accelerator.mixed_precision
         full_eval = self.args.fp16_full_eval or self.args.bf16_full_eval
