@@ -157,6 +157,56 @@ def collate(samples: list[Any]) -> dict[str, Tensor]:
     return {k: v[:, :length] if v.dim() == 2 else v for k, v in batch.items()}
 
 
+def shard_without_gpus() -> None:
+    """Lets accelerate shard in processes without a GPU, which it leaves out otherwise."""
+    from accelerate import state
+
+    real = state.AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        shared = state.PartialState._shared_state
+        if shared.get("distributed_type") == state.DistributedType.MULTI_CPU:
+            shared["distributed_type"] = state.DistributedType.MULTI_XPU
+        real(self, *args, **options)
+
+    state.AcceleratorState.__init__ = init
+
+
+def sharded_trainer(rank: int, processes: int) -> dict[str, Any]:
+    """A training with FSDP: log, weights, packed model, resumed training, bf16, NaN."""
+    shard_without_gpus()
+    keep: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "fsdp": True}
+    trainer = trainer_of("fsdp", processes, **keep)
+    trainer.train()
+    packed = ROOT / "fsdp-packed"
+    trainer.save_model(str(packed))
+    found: dict[str, Any] = {
+        "class": type(trainer.model).__name__,
+        "sharded": [n for n, p in trainer.model.named_parameters() if isinstance(p, DTensor)],
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "eval": trainer.evaluate(rows(8, seed=5))["eval_loss"],
+    }
+    settings: dict[str, Any] = {**keep, "rate": 0.1, "qat_optimizer": "adamw"}
+    trainer_of("fsdp-whole", processes, **settings).train()
+    torch.manual_seed(7 + rank)
+    again = trainer_of("fsdp-again", processes, **settings)
+    again.train(resume_from_checkpoint=str(ROOT / f"fsdp-whole-{processes}" / "checkpoint-4"))
+    half = trainer_of("fsdp-bf16", processes, fsdp=True, bf16=True)
+    half.train()
+    found["bf16"] = [entry for entry in half.state.log_history if "loss" in entry]
+    broken = trainer_of("fsdp-broken", processes, max_steps=6, fsdp=True)
+    broken.train()
+    with torch.no_grad():
+        bias = broken.model.classifier.bias.to_local()
+        if rank == 1:
+            bias.fill_(float("nan"))
+    try:
+        broken.save_model(str(ROOT / "fsdp-nothing"))
+    except NonFiniteLossError as error:
+        found["broken"] = str(error)
+    return found
+
+
 def trainer_of(name: str, processes: int, **settings: Any) -> Any:
     trainer = trainer_for(
         ROOT / f"{name}-{processes}",
@@ -188,6 +238,7 @@ def training(rank: int, processes: int, **settings: Any) -> dict[str, Any]:
         "weights": weights_of(trainer.model),
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "wrapper": wrapper,
+        "eval": trainer.evaluate(rows(8, seed=5))["eval_loss"],
     }
 
 
@@ -200,12 +251,12 @@ def bf16(rank: int, processes: int) -> dict[str, Any]:
 
 
 def resumed(rank: int, processes: int) -> dict[str, Any]:
-    """A training with dropout, straight through and resumed at every second step."""
+    """A training with dropout, straight through and resumed before and after the boundary."""
     settings: dict[str, Any] = {"rate": 0.1, "qat_optimizer": "adamw"}
     whole = trainer_of("whole", processes, save_strategy="steps", save_steps=2, **settings)
     whole.train()
     found = {"whole": weights_of(whole.model)}
-    for step in (2, 4, 6):
+    for step in (2, 6):
         torch.manual_seed(100 * rank + step)
         again = trainer_of("again", processes, **settings)
         again.train(resume_from_checkpoint=str(ROOT / f"whole-{processes}" / f"checkpoint-{step}"))
@@ -266,6 +317,10 @@ CASES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[int, ...]]] = {
 }
 
 
+# In processes of their own: accelerate's state is changed.
+APART = {"sharded_trainer": (sharded_trainer, (2,))}
+
+
 def child(rank: int, processes: int, names: list[str]) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -281,14 +336,14 @@ def child(rank: int, processes: int, names: list[str]) -> None:
     else:
         torch.distributed.init_process_group("gloo")
     for name in names:
-        found = CASES[name][0](rank, processes)
+        found = {**CASES, **APART}[name][0](rank, processes)
         torch.save(found, ROOT / f"{name}-{processes}-{rank}.pt")
     if processes > 1:
         torch.distributed.destroy_process_group()
 
 
-def spawn(processes: int) -> None:
-    names = [name for name, (_, counts) in CASES.items() if processes in counts]
+def spawn(processes: int, cases: dict[str, Any]) -> None:
+    names = [name for name, (_, counts) in cases.items() if processes in counts]
     children = []
     for rank in range(processes):
         pid = os.fork()
@@ -315,5 +370,6 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
     torch.set_num_threads(1)
-    for count in (1, 2):
-        spawn(count)
+    spawn(1, CASES)
+    spawn(2, CASES)
+    spawn(2, APART)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError
+from ._sharded import is_sharded, load_full
 
 __all__ = [
     "LATENT_FILE",
@@ -83,7 +84,10 @@ def load_latent(model: nn.Module, checkpoint: Path) -> None:
     verify(checkpoint)
     try:
         tensors = load_file(checkpoint / LATENT_FILE)
-        model.load_state_dict(tensors, strict=True)
+        if is_sharded(model):
+            load_full(model, tensors)
+        else:
+            model.load_state_dict(tensors, strict=True)
     except (SafetensorError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise CheckpointError(
