@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._prepare import prepared
-from ..errors import DataError, IncompatibleTeacherError, RecipeError, UnsupportedModelError
+from ..errors import IncompatibleTeacherError, RecipeError, UnsupportedModelError
 from ..intervention import NO_INTERVENTION, Intervention, intervention
 from ..sites import Signals, Site, Tap
 from . import losses as _losses
-from ._context import BatchItems, LossValue, StepContext
-from ._distributed import anchored
-from ._items import ItemReader, read_inputs
+from ._context import LossValue, StepContext
+from ._distributed import wrapped_forward
+from ._items import ItemReader, read_inputs, refuse_other_items
 from ._teacher import LiveTeacher, TeacherSource, prediction
 from .losses import Losses, WeightedTerm
 
@@ -112,14 +112,16 @@ class Distiller:
         """Runs teacher and student on a batch and compares them.
 
         Training and eval mode of the student are left as they are; the stage holds in both. No
-        value is moved to the host.
+        value is moved to the host. Under ``torch.autocast`` to bfloat16 teacher and student run in
+        it; quantized products, softmax and losses are computed in float32 all the same.
 
         Args:
             batch: Keyword arguments of the student's forward; ``labels`` are used only by a loss
                 term that asks for them, ``SAMPLE_IDS`` only by the teacher.
             stage: Name of the stage, see ``tutelage.intervention.stages``.
             progress: Part of training that is over, 0 to 1, a 0-dim tensor on the device.
-            model: What is called in place of the student, such as its DDP wrapper.
+            model: What is called in place of the student, such as its DDP wrapper. A student that
+                went through ``fully_shard`` is called itself.
             counts: Number of items of every term in the whole optimizer step, of which this batch
                 is a part, see ``counts``; by default those of this batch.
 
@@ -130,12 +132,12 @@ class Distiller:
             IncompatibleTeacherError: The logits of the two differ in shape.
             DataError: The batch holds other items than were counted before the forward pass.
             UnsupportedModelError: The student recomputes activations with the reentrant form of
-                gradient checkpointing, or autocast is on.
+                gradient checkpointing, or autocast to float16 is on.
             RecipeError: The stage is unknown or would leave the attention without gradient.
         """
         active = intervention(stage)
         terms = self.losses.at(stage, self._sites)
-        self._refuse_autocast()
+        self._refuse_float16()
         inputs = dict(batch)
         keys = inputs.pop(SAMPLE_IDS, None)
         given = read_inputs(inputs, self.student)
@@ -144,8 +146,9 @@ class Distiller:
         want = sites.union(self._replaced(active))
         teacher_logits, teacher = self.teacher.get(given.inputs, keys, want)
         tap = self._tap(sites, active, teacher, progress)
-        with tap, anchored(self.student, model, tap) as unwrap:
-            output = unwrap((model or self.student)(**given.inputs))
+        model = self.student if model is None else model
+        with tap, wrapped_forward(self.student, model, tap) as unwrap:
+            output = unwrap(model(**given.inputs))
         student_logits, has_logits = prediction(output)
         if student_logits.shape != teacher_logits.shape:
             raise IncompatibleTeacherError(
@@ -153,10 +156,10 @@ class Distiller:
                 f"{tuple(teacher_logits.shape)}; fine-tune the teacher for this task first."
             )
         context = StepContext(
-            student=tap.signals(),
-            teacher=teacher,
-            student_logits=student_logits,
-            teacher_logits=teacher_logits,
+            student=_float32(tap.signals()),
+            teacher=_float32(teacher),
+            student_logits=_full(student_logits),
+            teacher_logits=_full(teacher_logits),
             has_logits=has_logits,
             token_mask=given.token_mask,
             labels=labels,
@@ -167,8 +170,9 @@ class Distiller:
             sites=self._sites,
         )
         if counts is not None:
-            _refuse_other_items(self._read(given, keys, labels), context.items)
-        values = {weighted.term.name: weighted.term(context) for weighted in terms}
+            refuse_other_items(self._read(given, keys, labels), context.items)
+        with torch.autocast(self._device.type, enabled=False):
+            values = {weighted.term.name: weighted.term(context) for weighted in terms}
         means = shares = {name: value.sum / value.count for name, value in values.items()}
         if counts is not None:
             shares = {name: value.sum / counts[name] for name, value in values.items()}
@@ -214,12 +218,12 @@ class Distiller:
                 totals[name] = totals[name] + weighted.term.count(items)
         return totals
 
-    def _refuse_autocast(self) -> None:
-        device = next(self.student.parameters()).device
-        if torch.is_autocast_enabled(device.type):
+    def _refuse_float16(self) -> None:
+        device = self._device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             raise UnsupportedModelError(
-                "a distillation step runs in float32: autocast would round integer products; "
-                "leave the autocast context."
+                "autocast to float16 loses small gradients without a GradScaler, which a "
+                "distillation step does not use; take torch.bfloat16."
             )
 
     def _replaced(self, active: Intervention | None) -> list[Site]:
@@ -235,6 +239,10 @@ class Distiller:
             "attention_map" if cut and block.kind == "cross" else active.site
             for block in self._sites.blocks
         ]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.student.parameters()).device
 
     def _tap(
         self,
@@ -267,13 +275,12 @@ def _labels(labels: Tensor | None, terms: tuple[WeightedTerm, ...]) -> Tensor | 
     return labels if any(weighted.term.needs_labels for weighted in terms) else None
 
 
-def _refuse_other_items(expected: BatchItems, found: BatchItems) -> None:
-    # Shapes only: the masks are the batch's own in both.
-    if (expected.rows, expected.positions) != (found.rows, found.positions):
-        raise DataError(
-            f"the model made {found.positions} predictions of a batch that was counted as "
-            f"{expected.positions}; train it in one process and without gradient accumulation."
-        )
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _float32(signals: Signals) -> Signals:
+    return {site: tuple(_full(tensor) for tensor in found) for site, found in signals.items()}
 
 
 def _refuse_shared(student: nn.Module, teacher: nn.Module) -> None:

@@ -4,33 +4,71 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
+from ..nn import QuantEmbedding, QuantLinear
 from ..sites import Tap
 
-__all__ = ["anchored", "deferred", "gradient_group", "processes", "sum_over"]
+__all__ = ["deferred", "gradient_group", "processes", "sum_over", "wrapped_forward"]
 
 
-def gradient_group(model: nn.Module | None) -> Any:
+def gradient_group(model: nn.Module) -> Any:
     """Returns the group of processes over which a model averages its gradients.
 
     Args:
-        model: A wrapped model, such as ``DistributedDataParallel``.
+        model: A model, or one wrapped in ``DistributedDataParallel``, or one that went through
+            ``torch.distributed.fsdp.fully_shard``.
 
     Returns:
         The group, ``None`` for a model of one process.
+
+    Raises:
+        UnsupportedModelError: The model is sharded in part, over a part of the processes only, or
+            in another way than by ``fully_shard``.
     """
-    if model is None or not torch.distributed.is_available():
+    wrapper = _wrapper(model)
+    if wrapper == "ddp":
+        return cast("Any", _inner(model)).process_group
+    if wrapper != "fsdp":
         return None
-    if not torch.distributed.is_initialized():
+    from torch.distributed.tensor import DTensor
+
+    world = torch.distributed.group.WORLD
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    if any(mesh.size() != processes(world) for mesh in meshes):
+        raise UnsupportedModelError(
+            "the student is sharded over a part of the processes, as in tensor or context "
+            "parallelism; shard it with fully_shard over all of them."
+        )
+    return world
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return cast("nn.Module", getattr(model, "_orig_mod", model))  # compiled
+
+
+def _wrapper(model: nn.Module) -> Literal["ddp", "fsdp"] | None:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
-    model = cast("nn.Module", getattr(model, "_orig_mod", model))  # compiled
-    return model.process_group if isinstance(model, DistributedDataParallel) else None
+    model = _inner(model)
+    if isinstance(model, DistributedDataParallel):
+        return "ddp"
+    if isinstance(model, FSDPModule):
+        return "fsdp"
+    for name, module in model.named_modules():
+        if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
+            raise UnsupportedModelError(
+                f"{name or 'the model'!r} is sharded ({type(module).__name__}), but the student as "
+                "a whole did not go through torch.distributed.fsdp.fully_shard; shard it, too."
+            )
+    return None
 
 
 def processes(group: Any) -> int:
@@ -67,51 +105,77 @@ def sum_over(
 
 
 @contextlib.contextmanager
-def deferred(model: nn.Module | None, on: bool) -> Iterator[None]:
+def deferred(model: nn.Module, on: bool) -> Iterator[None]:
     """Leaves gradients of the passes inside unsynchronised where ``on``.
 
     Args:
-        model: The wrapped model.
+        model: The model, wrapped or not.
         on: Whether another micro-batch of the same step follows.
     """
-    no_sync = getattr(model, "no_sync", None)
-    if on and gradient_group(model) is not None and callable(no_sync):
-        with no_sync():
+    wrapper, inner = _wrapper(model) if on else None, cast("Any", _inner(model))
+    if wrapper == "ddp":
+        with inner.no_sync():
             yield
+    elif wrapper == "fsdp":
+        inner.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            inner.set_requires_gradient_sync(True)
     else:
         yield
 
 
 @contextlib.contextmanager
-def anchored(
-    student: nn.Module, model: nn.Module | None, tap: Tap
+def wrapped_forward(
+    student: nn.Module, model: nn.Module, tap: Tap
 ) -> Iterator[Callable[[Any], Any]]:
-    """Lets DDP see which parameters the recorded signals depend on.
+    """Makes the forward pass of a student right inside what it is wrapped in.
 
-    It looks for them from the outputs of the forward pass. Where a stage replaces a signal, the
-    student's own reaches the loss past those outputs: its parameters would count as unused and
-    then receive a gradient all the same. So the student returns ``(output, anchor)`` inside the
-    context, where the anchor depends on every recorded signal.
+    DDP looks for the parameters in use from the outputs of the forward pass. Where a stage
+    replaces a signal, the student's own reaches the loss past those outputs: its parameters would
+    count as unused and then receive a gradient all the same. So the student returns ``(output,
+    anchor)`` inside the context, where the anchor depends on every recorded signal.
+
+    FSDP may cast the weights before they are quantized: that is refused.
 
     Args:
         student: The module inside the wrapper.
-        model: The wrapper.
+        model: The wrapper, or the student itself.
         tap: Records the signals.
 
     Yields:
         What takes the student's output out of the wrapper's.
+
+    Raises:
+        UnsupportedModelError: Latent weights are cast to half precision.
     """
-    if gradient_group(model) is None:
+    wrapper = _wrapper(model)
+    if wrapper is None:
         yield lambda output: output
         return
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def anchor(module: nn.Module, args: Any, output: Any) -> Any:
         # One element each, so that DDP, which copies what it returns, copies no signal.
         found = [t for signals in tap.signals().values() for t in signals if t.requires_grad]
         return output, [t[(0,) * t.dim()] for t in found]
 
-    handle = student.register_forward_hook(hook)
-    try:
-        yield lambda output: output[0]
-    finally:
-        handle.remove()
+    with contextlib.ExitStack() as stack:
+        if wrapper == "ddp":
+            stack.callback(student.register_forward_hook(anchor).remove)
+            yield lambda output: output[0]
+        else:
+            for module in student.modules():
+                if isinstance(module, (QuantLinear, QuantEmbedding)):
+                    stack.callback(module.register_forward_pre_hook(_refuse_half).remove)
+            yield lambda output: output
+
+
+def _refuse_half(module: nn.Module, args: Any) -> None:
+    weight = cast("Tensor", module.weight)
+    if weight.dtype in (torch.bfloat16, torch.float16):
+        raise UnsupportedModelError(
+            f"fully_shard hands {weight.dtype} weights to the quantizers, whose codes would not be "
+            "those of the latent weights; leave param_dtype out of its MixedPrecisionPolicy and "
+            "use torch.autocast."
+        )

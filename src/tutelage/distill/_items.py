@@ -12,7 +12,7 @@ from ..sites import SiteMap
 from ._context import BatchItems, is_per_sample
 from ._teacher import TeacherSource
 
-__all__ = ["ItemReader", "ModelInputs", "read_inputs", "token_mask"]
+__all__ = ["ItemReader", "ModelInputs", "read_inputs", "refuse_other_items", "token_mask"]
 
 _TEXT = ("attention_mask", "input_ids", "inputs_embeds")
 
@@ -136,3 +136,21 @@ def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
 
 def _mask(mask: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def refuse_other_items(expected: BatchItems, found: BatchItems) -> None:
+    """Refuses a forward pass over other items than were counted before it.
+
+    Args:
+        expected: What ``ItemReader`` said.
+        found: What the forward pass made.
+
+    Raises:
+        DataError: They differ.
+    """
+    # Shapes only: the masks are the batch's own in both.
+    if (expected.rows, expected.positions) != (found.rows, found.positions):
+        raise DataError(
+            f"the model made {found.positions} predictions of a batch that was counted as "
+            f"{expected.positions}; train it in one process and without gradient accumulation."
+        )

@@ -73,7 +73,7 @@ class TrainStep:
         counts = self.counts(batches, stage, model=model)
         total: dict[str, Tensor] = {}
         for index, part in enumerate(batches):
-            with deferred(model, on=index + 1 < len(batches)):
+            with deferred(self._called(model), on=index + 1 < len(batches)):
                 terms = self.accumulate(part, stage, progress=progress, model=model, counts=counts)
             total = {name: total[name] + t if total else t for name, t in terms.items()}
         self.update()
@@ -99,7 +99,7 @@ class TrainStep:
         Raises:
             TutelageError: As ``Distiller.counts``.
         """
-        group = gradient_group(model)
+        group = gradient_group(self._called(model))
         if len(batches) == 1 and processes(group) == 1:
             return None
         device = next(self.distiller.student.parameters()).device
@@ -132,7 +132,7 @@ class TrainStep:
         """
         step = self.distiller.step(batch, stage, progress=progress, model=model, counts=counts)
         # Gradients are averaged over the processes, the shares are to be added up.
-        factor = 1 if counts is None else processes(gradient_group(model))
+        factor = 1 if counts is None else processes(gradient_group(self._called(model)))
         loss = step.loss if factor == 1 else step.loss * factor
         if backward is None:
             loss.backward()
@@ -142,6 +142,9 @@ class TrainStep:
             "loss": loss.detach(),
             **{name: (share * factor).detach() for name, share in step.shares.items()},
         }
+
+    def _called(self, model: nn.Module | None) -> nn.Module:
+        return self.distiller.student if model is None else model
 
     def update(self) -> None:
         """Clips, updates the parameters that have a gradient, and drops the gradients."""

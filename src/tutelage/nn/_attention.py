@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..kernels import integer_matmul
 from ..quantizers import BaseQuantizer, Quantized
+from ._precision import in_float32, without_autocast
 
 __all__ = [
     "ATTENTION_NAME",
@@ -60,6 +61,7 @@ class _QuantScores(torch.autograd.Function):
         return scores.mul_(qq.scale * scaling).mul_(qk.scale.transpose(-1, -2))
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, q_codes, q_scale, k_codes, k_scale = ctx.saved_tensors
         (q, k), grad = ctx.quantizers, grads[0]
@@ -87,6 +89,7 @@ class _QuantContext(torch.autograd.Function):
         return context.mul_(qp.scale if folded else qp.scale * qv.scale)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         attention_map, value, p_codes, p_scale, v_codes, v_scale = ctx.saved_tensors
         (p, v), grad = ctx.quantizers, grads[0]
@@ -129,16 +132,18 @@ class AttentionQuantizer(nn.Module):
         self.value = value
         self.attention_map = attention_map
 
+    @without_autocast
     def scores(
         self,
         query: Float[Tensor, "batch heads queries width"],
         key: Float[Tensor, "batch heads keys width"],
         scaling: float,
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """Returns the quantized ``Q K^T * scaling``."""
+        """Returns the quantized ``Q K^T * scaling``, in float32 under autocast too."""
         scores = _QuantScores.apply(query, key, self.query, self.key, scaling)
         return cast("Tensor", scores)
 
+    @in_float32
     def context(
         self,
         attention_map: Float[Tensor, "batch heads queries keys"],
@@ -199,6 +204,8 @@ def attention(
         scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     else:
         scores = quantizer.scores(query, key, scaling)
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        scores = scores.float()  # mask and softmax are never rounded
     if kwargs.get("position_bias") is not None:
         scores = scores + kwargs["position_bias"]
     if kwargs.get("softcap") is not None:
@@ -212,7 +219,7 @@ def attention(
         attention_map = probe.attention_map(attention_map)
     attention_map = nn.functional.dropout(attention_map, p=dropout, training=module.training)
     if quantizer is None:
-        context = torch.matmul(attention_map, value)
+        context = torch.matmul(attention_map.to(value.dtype), value)
     else:
         context = quantizer.context(attention_map, value)
     return context.transpose(1, 2).contiguous(), attention_map

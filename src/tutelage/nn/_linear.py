@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import integer_linear
 from ..quantizers import Quantized, Quantizer
+from ._precision import in_float32, without_autocast
 from ._weight import QuantWeight
 
 __all__ = [
@@ -88,6 +89,7 @@ class _QuantLinearFunction(torch.autograd.Function):
         return quantized_linear(qx, qw, bias, arithmetic)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         x, weight, x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
@@ -133,6 +135,7 @@ class QuantProduct(QuantWeight):
         made.arithmetic = arithmetic
         return made
 
+    @in_float32
     def forward(
         self, input: Float[Tensor, "*batch in_features"]
     ) -> Float[Tensor, "*batch out_features"]:
@@ -142,10 +145,11 @@ class QuantProduct(QuantWeight):
             input: Shape (*batch, in_features).
 
         Returns:
-            Shape (*batch, out_features), float32.
+            Shape (*batch, out_features), float32; computed so and then rounded under autocast.
         """
         if self.input_quantizer is None:
-            return nn.functional.linear(input, self.weight_quantizer(self.weight_rows()), self.bias)
+            weight = self.weight_quantizer(self.weight_rows())
+            return nn.functional.linear(input.to(weight.dtype), weight, self.bias)
         return cast(
             "Tensor",
             _QuantLinearFunction.apply(

@@ -14,6 +14,7 @@ from ..kernels import resident_codes
 from ..quantizers import BaseQuantizer, Grid, Quantized, packed_width, unpack
 from ._conv2d import over_patches
 from ._linear import Arithmetic, quantized_linear
+from ._precision import in_float32
 from ._subclass import with_forward_of
 
 __all__ = ["PackedConv2d", "PackedEmbedding", "PackedLinear", "PackedWeight"]
@@ -181,6 +182,7 @@ class PackedLinear(PackedWeight):
             self._codes = resident_codes(unpack(rows, self.width, self.grid))
         return self._codes
 
+    @in_float32
     def forward(
         self, input: Float[Tensor, "*batch in_features"]
     ) -> Float[Tensor, "*batch out_features"]:
@@ -191,7 +193,8 @@ class PackedLinear(PackedWeight):
         """
         _, scale = self.packed()
         if self.input_quantizer is None:
-            return nn.functional.linear(input, self.codes().float() * scale, self.bias)
+            values = self.codes().float() * scale
+            return nn.functional.linear(input.to(values.dtype), values, self.bias)
         weight = Quantized(self.codes(), scale)
         quantized = self.input_quantizer.quantize(input)
         return quantized_linear(quantized, weight, self.bias, self.arithmetic)

@@ -19,7 +19,7 @@ from ..distill.losses import Losses
 from ..errors import CheckpointError, NonFiniteLossError, RecipeError, UnsupportedModelError
 from ..export import write_artefact
 from ..intervention import Schedule
-from . import _checkpoint
+from . import _checkpoint, _sharded
 from ._arguments import QATArguments
 from ._optim import BertAdam, reset_state, two_step_multiplier
 from ._settings import run_settings
@@ -100,7 +100,8 @@ class QATTrainer(Trainer):
             **kwargs: Passed to ``Trainer``.
 
         Raises:
-            UnsupportedModelError: The student was not prepared, or sharded training was asked for.
+            UnsupportedModelError: The student was not prepared, or sharded training or float16 was
+                asked for.
             IncompatibleTeacherError: Teacher and student do not fit.
             RecipeError: Several processes, and a setting of DDP under which they would fail.
         """
@@ -120,14 +121,27 @@ class QATTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        self._unsharded: _sharded.Unsharded | None = None
+        if self.is_fsdp_enabled:
+            _sharded.check_plugin(self.accelerator.state.fsdp_plugin, student)
+            self._unsharded = _sharded.Unsharded(student)
+        # Without a GPU accelerate passes over fsdp in silence.
+        elif self.args.fsdp:
             raise UnsupportedModelError(
-                "QATTrainer does not train sharded models; start it without FSDP and DeepSpeed."
+                "accelerate shards models over several GPUs only; leave out fsdp, or call "
+                "TrainStep in a loop of your own on a student that went through fully_shard."
             )
-        if self.args.bf16 or self.args.fp16:
+        if self.is_deepspeed_enabled or self.args.parallelism_config is not None:
             raise UnsupportedModelError(
-                "QATTrainer trains in float32: integer products would be rounded; leave out bf16 "
-                "and fp16."
+                "QATTrainer trains in parallel over samples only; start it without DeepSpeed and "
+                "parallelism_config."
+            )
+        precision = "fp16" if self.args.fp16 else self.accelerator.mixed_precision
+        full_eval = self.args.fp16_full_eval or self.args.bf16_full_eval
+        if precision not in ("no", "bf16") or full_eval:
+            raise UnsupportedModelError(
+                "QATTrainer trains in float32 or with bf16=True; leave out fp16, whose gradients "
+                "vanish, and fp16_full_eval and bf16_full_eval, which would round latent weights."
             )
         if self.args.n_gpu > 1:
             raise UnsupportedModelError(
@@ -136,6 +150,8 @@ class QATTrainer(Trainer):
             )
         if isinstance(self.distiller.teacher, LiveTeacher):
             self.distiller.teacher.model.to(self.args.device)
+        # Otherwise transformers multiplies eval_loss by the number of processes.
+        self.model_accepts_loss_kwargs = False
         self.add_callback(_StepBoundary(self))
         self._step = TrainStep(self.distiller, None)
         self._parts: list[Any] = []
@@ -223,21 +239,27 @@ class QATTrainer(Trainer):
         stage = self.active_schedule(step)
         parts = self._parts if any(inputs is part for part in self._parts) else [inputs]
         begins = inputs is parts[0]
-        if begins:
-            here = [self._prepare_inputs(part) for part in parts]
-            self._counts = self._step.counts(here, stage, model=model)
-        terms = self._step.accumulate(
-            self._prepare_inputs(inputs),
-            stage,
-            progress=torch.full((), step / length, device=self.args.device),
-            model=model,
-            backward=self.accelerator.backward,
-            counts=self._counts,
-        )
+        # Accelerate wraps the student alone in autocast; the teacher is to run in it, too.
+        with self.accelerator.autocast():
+            if begins:
+                here = [self._prepare_inputs(part) for part in parts]
+                self._counts = self._step.counts(here, stage, model=model)
+            terms = self._step.accumulate(
+                self._prepare_inputs(inputs),
+                stage,
+                progress=torch.full((), step / length, device=self.args.device),
+                model=model,
+                backward=self._backward,
+                counts=self._counts,
+            )
         for name, value in terms.items():
             total, steps = self._sums.get(name, (torch.zeros_like(value), 0))
             self._sums[name] = (total + value, steps + begins)
         return terms["loss"]
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):
+            self.accelerator.backward(loss)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluates a batch without intervention; see ``Trainer.prediction_step``."""
@@ -338,17 +360,27 @@ class QATTrainer(Trainer):
         assert state is not None
         steps = self.state.max_steps
         return run_settings(
-            self.args, state.scheme, self.distiller.losses, self._active_schedule, steps
+            self.args,
+            state.scheme,
+            self.distiller.losses,
+            self._active_schedule,
+            steps,
+            self.accelerator.mixed_precision,
         )
 
     def _refuse_broken_weights(self) -> None:
-        for name, parameter in cast("nn.Module", self.model).named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise NonFiniteLossError(
-                    f"the weight {name!r} became NaN or infinite at step {self.state.global_step}; "
-                    "nothing was saved, lower the learning rate (now "
-                    f"{self.args.learning_rate:g})."
-                )
+        for name in _sharded.non_finite(cast("nn.Module", self.model)):
+            raise NonFiniteLossError(
+                f"the weight {name!r} became NaN or infinite at step {self.state.global_step}; "
+                "nothing was saved, lower the learning rate (now "
+                f"{self.args.learning_rate:g})."
+            )
+
+    def _whole_student(self) -> nn.Module:
+        student = cast("nn.Module", self.model)
+        if self._unsharded is None or not _sharded.is_sharded(student):
+            return student
+        return self._unsharded.gather(student)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._finite_means()
@@ -365,16 +397,17 @@ class QATTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             stage = checkpoint.with_name(f".{checkpoint.name}.partial")
+        student = self._whole_student()
         self._save_optimizer_and_scheduler(str(stage))
         self._save_scaler(str(stage))
         self._save_rng_state(str(stage))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._commit(run_dir, stage, checkpoint)
+            self._commit(student, run_dir, stage, checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _commit(self, run_dir: Path, stage: Path, checkpoint: Path) -> None:
-        _checkpoint.save_latent(cast("nn.Module", self.model), stage)
+    def _commit(self, student: nn.Module, run_dir: Path, stage: Path, checkpoint: Path) -> None:
+        _checkpoint.save_latent(student, stage)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 self._export_callback(callback)
@@ -408,15 +441,55 @@ class QATTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             _checkpoint.refuse_other_run(Path(checkpoint), self._run_settings())
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not _sharded.is_sharded(cast("nn.Module", self.model)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        optimizer = cast("torch.optim.Optimizer", self.optimizer)
+        _sharded.load_optimizer(optimizer, folder, self.args.process_index)
+        state = torch.load(folder / "scheduler.pt", weights_only=True)
+        cast("Any", self.lr_scheduler).load_state_dict(state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not _sharded.is_sharded(cast("nn.Module", self.model)):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir)
+        optimizer = cast("torch.optim.Optimizer", self.optimizer)
+        _sharded.save_optimizer(optimizer, folder, self.args.process_index)
+        if self.args.should_save:
+            torch.save(cast("Any", self.lr_scheduler).state_dict(), folder / "scheduler.pt")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the packed form with tokenizer and model card.
+
+        Of a sharded student all processes must call it; the first one writes.
+
+        Args:
+            output_dir: Folder, by default that of the arguments.
+            _internal_call: As in ``Trainer``.
+
+        Raises:
+            NonFiniteLossError: A weight is NaN or infinite.
+        """
+        if not _sharded.is_sharded(cast("nn.Module", self.model)):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._refuse_broken_weights()
+        student = self._whole_student()
+        if self.args.should_save:
+            self._write(student, output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save(
         self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes the packed form with tokenizer and model card into ``output_dir``."""
         if not self.args.should_save:
             return
         self._refuse_broken_weights()
+        self._write(cast("nn.Module", self.model), output_dir)
+
+    def _write(self, student: nn.Module, output_dir: str | None) -> None:
         folder = Path(output_dir if output_dir is not None else cast("str", self.args.output_dir))
         metrics = {
             key: value
@@ -424,7 +497,6 @@ class QATTrainer(Trainer):
             for key, value in entry.items()
             if key.startswith("eval_") and isinstance(value, float)
         }
-        student = cast("nn.Module", self.model)
         write_artefact(student, folder, processor=self._processor(), metrics=metrics)
 
     def _processor(self) -> Any:
