@@ -22,6 +22,7 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+from transformers.pytorch_utils import Conv1D
 
 import tutelage
 from tutelage.distill import losses
@@ -75,11 +76,13 @@ def tiny_config(
 def redraw(model: nn.Module, seed: int = 0) -> None:
     """Draws matrices with std 1 / sqrt(fan in), vectors near their usual values."""
     made = torch.Generator().manual_seed(seed)
+    transposed = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=made)
             if parameter.dim() > 1:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+                fan_in = parameter.shape[0 if id(parameter) in transposed else -1]
+                parameter.copy_(noise * fan_in**-0.5)
             else:
                 center = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
                 parameter.copy_(center + 0.1 * noise)
