@@ -156,10 +156,8 @@ def predict(
     for given, found in zip(texts, predict_texts(folder, texts, pair, length), strict=True):
         if as_json:
             typer.echo(json.dumps({"text": given, **asdict(found)}, ensure_ascii=False))
-        elif found.label is None:
-            typer.echo(f"{found.value:.4f}\t{given}")
         else:
-            typer.echo(f"{found.label}\t{found.probability:.4f}\t{given}")
+            typer.echo(found.line(given))
 
 
 @app.command()

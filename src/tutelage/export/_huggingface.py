@@ -249,6 +249,8 @@ def attach_quantizer(model: nn.Module, scheme: Scheme, modules: Mapping[str, Mod
     target = cast("Any", model)
     target.config.quantization_config = config
     target.hf_quantizer = PackedQuantizer(config)
+    # The digests are of the model's own names: transformers must not write those of older files.
+    target._weight_conversions = []
 
 
 def register() -> None:

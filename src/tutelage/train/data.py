@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,13 @@ from ._readers import (
 )
 from ._sections import DataSection
 
-__all__ = ["Examples", "read_examples", "read_train_and_eval", "split_examples"]
+__all__ = [
+    "Examples",
+    "read_examples",
+    "read_train_and_eval",
+    "same_source",
+    "split_examples",
+]
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,14 @@ class Examples:
     Attributes:
         texts: One text per example.
         pairs: The second text of each example, or None.
-        labels: One label per example: text for classes, real numbers for a regression.
+        labels: One label per example: text for classes, real numbers for a regression; None for
+            data without labels.
         source: Where they come from, for messages.
     """
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[str] | list[float]
+    labels: list[str] | list[float] | None
     source: str
 
     def __len__(self) -> int:
@@ -52,7 +59,7 @@ class Examples:
         Returns:
             New examples of the same source.
         """
-        labels: Any = [self.labels[i] for i in indices]
+        labels: Any = None if self.labels is None else [self.labels[i] for i in indices]
         pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
         return Examples([self.texts[i] for i in indices], pairs, labels, self.source)
 
@@ -73,14 +80,14 @@ def read_train_and_eval(section: DataSection) -> tuple[Examples, Examples]:
         DataError: If data are missing, empty, unreadable or malformed.
     """
     train = read_examples(section.train, section, split="train")
-    if section.eval is not None and not _same(section.train, section.eval):
+    if section.eval is not None and not same_source(section.train, section.eval):
         return train, read_examples(section.eval, section, split="eval")
     if section.eval_split is None:
         raise DataError(
             f"'data.train' and 'data.eval' are both {section.train!r}; set data.eval_split, such "
             "as 0.1, to keep a part of it for evaluation."
         )
-    stratify = not section.task.endswith("regression")
+    stratify = not section.task.endswith("regression") and train.labels is not None
     return split_examples(train, section.eval_split, section.seed, stratify)
 
 
@@ -125,9 +132,26 @@ def read_examples(
     return _examples(columns, source, section)
 
 
+class _Labelled(Protocol):
+    """Examples of any kind."""
+
+    @property
+    def labels(self) -> Any: ...
+
+    @property
+    def source(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Sequence[int]) -> Any: ...
+
+
+_Kind = TypeVar("_Kind", bound=_Labelled)
+
+
 def split_examples(
-    examples: Examples, amount: float, seed: int, stratify: bool
-) -> tuple[Examples, Examples]:
+    examples: _Kind, amount: float, seed: int, stratify: bool
+) -> tuple[_Kind, _Kind]:
     """Draws a part of the examples for evaluation.
 
     Args:
@@ -146,8 +170,9 @@ def split_examples(
     total = len(examples)
     count = amount if isinstance(amount, int) else round(amount * total)
     groups: dict[str, list[int]] = {}
-    for index, label in enumerate(examples.labels):
-        groups.setdefault(str(label) if stratify else "", []).append(index)
+    for index in range(total):
+        label = str(examples.labels[index]) if stratify and examples.labels is not None else ""
+        groups.setdefault(label, []).append(index)
     if not 1 <= count <= total - len(groups):
         raise DataError(
             f"eval_split {amount} would draw {count} of the {total} examples of "
@@ -172,6 +197,8 @@ def _examples(columns: dict[Any, Sequence[Any]], source: str, section: DataSecti
     pairs = None
     if section.text_pair is not None:
         pairs = [str(cell) for cell in _cells(columns, section.text_pair, "text_pair", source)]
+    if section.label is None:
+        return Examples(texts, pairs, None, source)
     cells = _cells(columns, section.label, "label", source)
     labels: list[str] | list[float]
     if section.task.endswith("regression"):
@@ -242,7 +269,8 @@ def _number(value: str | int | float, row: int, source: str) -> float:
     return number
 
 
-def _same(first: str, second: str) -> bool:
+def same_source(first: str, second: str) -> bool:
+    """Returns whether two names are of one file or folder."""
     one, other = Path(first).expanduser(), Path(second).expanduser()
     return one.exists() and other.exists() and one.samefile(other)
 
@@ -272,4 +300,4 @@ def _read_folder(path: Path, source: str, section: DataSection) -> Examples:
         for file in files:
             texts.append(decode(read_content(file, str(file)), str(file), section))
             labels.append(folder.name)
-    return Examples(texts, None, labels, source)
+    return Examples(texts, None, None if section.label is None else labels, source)

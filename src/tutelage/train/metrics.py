@@ -16,7 +16,7 @@ __all__ = ["METRICS", "Metric", "agreement", "evaluate_metrics", "kl_divergence"
 
 Array = npt.NDArray[Any]
 
-CLASSIFICATION = ("classification", "pair")
+CLASSIFICATION = ("classification", "pair", "image_classification")
 REGRESSION = ("regression", "pair_regression")
 
 
@@ -30,12 +30,16 @@ class Metric:
             predictions are class indices, or real numbers for regression.
         description: What the value says.
         binary_only: Whether it is defined for two classes only.
+        greater_is_better: Whether a larger value is the better one.
+        fraction: Whether the value is a fraction.
     """
 
     kinds: tuple[str, ...]
     compute: Callable[[Array, Array], float]
     description: str
     binary_only: bool = False
+    greater_is_better: bool = True
+    fraction: bool = True
 
 
 def evaluate_metrics(kind: str, logits: Array, labels: Array) -> dict[str, float]:
@@ -142,10 +146,22 @@ def _both(first: Array, second: Array) -> tuple[Array, Array]:
 def _check(logits: Array) -> None:
     if logits.shape[0] == 0:
         raise DataError("there are no examples to evaluate; give at least one.")
-    broken = int((~np.isfinite(logits).all(axis=1)).sum())
+    refuse_non_finite(int((~np.isfinite(logits).all(axis=1)).sum()), logits.shape[0])
+
+
+def refuse_non_finite(broken: int, count: int) -> None:
+    """Refuses outputs that are not numbers.
+
+    Args:
+        broken: Number of examples with such outputs.
+        count: Number of all examples.
+
+    Raises:
+        NonFiniteLossError: There are any.
+    """
     if broken:
         raise NonFiniteLossError(
-            f"the model's outputs are NaN or infinite for {broken} of {logits.shape[0]} examples; "
+            f"the model's outputs are NaN or infinite for {broken} of {count} examples; "
             "train again with a lower learning rate."
         )
 

@@ -1,0 +1,52 @@
+"""What a model says about one input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ._task import Array
+
+__all__ = ["Prediction", "likeliest"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a packed model says about one text or image.
+
+    Attributes:
+        label: Name of the likeliest class; ``None`` for a regression.
+        probability: Its probability; ``None`` for a regression.
+        value: The output of a regression; ``None`` for classes.
+    """
+
+    label: str | None
+    probability: float | None
+    value: float | None
+
+    def line(self, given: str) -> str:
+        """Returns the prediction and its input, between tabs.
+
+        Args:
+            given: The input.
+        """
+        if self.label is None:
+            return f"{self.value:.4f}\t{given}"
+        return f"{self.label}\t{self.probability:.4f}\t{given}"
+
+
+def likeliest(logits: Array, names: Sequence[str]) -> list[Prediction]:
+    """Returns the likeliest class of every row.
+
+    Args:
+        logits: (rows, classes).
+        names: The classes.
+    """
+    shares = torch.from_numpy(logits).double().softmax(-1).numpy()
+    best = shares.argmax(axis=1)
+    return [
+        Prediction(names[index], float(row[index]), None)
+        for row, index in zip(shares, best, strict=True)
+    ]
