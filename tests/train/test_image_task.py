@@ -171,7 +171,7 @@ class TestRuns:
         array, _ = images(8)
         np.savez(tmp_path / "more.npz", images=array, labels=np.arange(8) % 4)
         overrides = [f"data.train={tmp_path}/more.npz", f"data.eval={tmp_path}/more.npz"]
-        with pytest.raises(DataError, match="the data have 4 labels .* the model's head has 3"):
+        with pytest.raises(DataError, match=r"the data have 4 labels .* the model's head has 3"):
             run_recipe(make(*overrides, "data.eval_split=4"))
 
     def test_a_model_of_text_is_refused(self, make: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -90,9 +90,9 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
     if teacher_name is not None:
         kind.refuse_other_processor(processor, teacher_name)
         teacher = load_model(teacher_name, guide, task, "model.teacher")
-    _try(model, teacher, scheme, terms)
     models = [model] if teacher is None else [model, teacher]
     limit = task.limit(recipe.data, models, processor, report)
+    _try(model, teacher, scheme, terms)
     return Plan(
         recipe=recipe,
         folder=Path(recipe.output),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,15 @@ import numpy.typing as npt
 
 from ..errors import DataError, NonFiniteLossError
 
-__all__ = ["METRICS", "Metric", "agreement", "evaluate_metrics", "kl_divergence"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "agreement",
+    "compute_metrics",
+    "evaluate_metrics",
+    "kl_divergence",
+    "refuse_non_finite",
+]
 
 Array = npt.NDArray[Any]
 
@@ -26,8 +35,9 @@ class Metric:
 
     Attributes:
         kinds: The task kinds that it measures.
-        compute: From predictions and labels, both of shape ``(examples,)``, to a value. The
-            predictions are class indices, or real numbers for regression.
+        compute: From predictions and labels, one of each per example, to a value. Predictions are
+            class indices, real numbers for regression; for language models the summed negative log
+            likelihood of a block, with the number of its predicted tokens in place of labels.
         description: What the value says.
         binary_only: Whether it is defined for two classes only.
         greater_is_better: Whether a larger value is the better one.
@@ -35,7 +45,7 @@ class Metric:
     """
 
     kinds: tuple[str, ...]
-    compute: Callable[[Array, Array], float]
+    compute: Callable[[Any, Any], float]
     description: str
     binary_only: bool = False
     greater_is_better: bool = True
@@ -88,6 +98,24 @@ def evaluate_metrics(kind: str, logits: Array, labels: Array) -> dict[str, float
             for name, metric in METRICS.items()
             if kind in metric.kinds and not (metric.binary_only and classes != 2)
         }
+
+
+def compute_metrics(kind: str, predictions: Any, labels: Any) -> dict[str, float]:
+    """Computes every metric of a task whose predictions are not logits of examples.
+
+    Args:
+        kind: The task.
+        predictions: What ``Metric.compute`` takes.
+        labels: Likewise.
+
+    Returns:
+        Metric name to value.
+    """
+    return {
+        name: float(metric.compute(predictions, labels))
+        for name, metric in METRICS.items()
+        if kind in metric.kinds
+    }
 
 
 def agreement(student_logits: Array, teacher_logits: Array) -> float:
@@ -220,6 +248,15 @@ def _finite(value: float) -> float:
     return value if np.isfinite(value) else 0.0
 
 
+def _mean_loss(sums: Array, counts: Array) -> float:
+    return float(sums.sum() / counts.sum())
+
+
+def _perplexity(sums: Array, counts: Array) -> float:
+    # Beyond 700 nats a token the exponential leaves the range of a double.
+    return math.exp(min(_mean_loss(sums, counts), 700.0))
+
+
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(CLASSIFICATION, _accuracy, "share of right labels"),
     "f1": Metric(CLASSIFICATION, _f1, "F1 of class 1 of two", binary_only=True),
@@ -228,5 +265,15 @@ METRICS: dict[str, Metric] = {
     "pearson": Metric(REGRESSION, _pearson, "linear correlation"),
     "spearman": Metric(REGRESSION, _spearman, "rank correlation"),
     "correlation": Metric(REGRESSION, _correlation, "mean of pearson and spearman"),
+    "perplexity": Metric(
+        ("causal_lm",), _perplexity, "exp of loss", greater_is_better=False, fraction=False
+    ),
+    "loss": Metric(
+        ("causal_lm",),
+        _mean_loss,
+        "negative log likelihood of a token in nats",
+        greater_is_better=False,
+        fraction=False,
+    ),
 }
 """Every metric by its name."""

@@ -13,6 +13,7 @@ from ._prediction import Prediction as Prediction
 from ._task import AGREEMENT as AGREEMENT
 from ._task import Head as Head
 from ._task import Task as Task
+from .causal_lm import CausalLM as CausalLM
 from .image_classification import ImageTask as ImageTask
 from .text_classification import TextTask as TextTask
 from .text_classification import build_task as build_task
@@ -21,6 +22,7 @@ from .text_classification import has_head as has_head
 __all__ = [
     "AGREEMENT",
     "TASKS",
+    "CausalLM",
     "EncodedDataset",
     "Head",
     "ImageTask",
@@ -42,6 +44,7 @@ TASKS: dict[str, type[Task]] = {
     "regression": TextTask,
     "pair_regression": TextTask,
     "image_classification": ImageTask,
+    "causal_lm": CausalLM,
 }
 """From ``data.task`` to the task; add yours here."""
 
