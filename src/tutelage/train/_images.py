@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, nearest
-from ._readers import READERS, file_type, read_content, read_datasets, refuse_empty
+from ..errors import DataError
+from ._readers import READERS, file_type, refuse_empty
 from ._sections import DataSection
-from .data import same_source, split_examples
+from .data import column_of, read_columns, read_splits, same_source
 
 __all__ = ["ImageExamples", "open_image", "read_image_splits", "read_images", "require_pillow"]
 
@@ -117,17 +117,17 @@ def read_image_splits(section: DataSection) -> tuple[ImageExamples, ImageExample
     Raises:
         DataError: Data are missing, empty, unreadable or malformed.
     """
-    train = read_images(section.train, section, split="train")
-    other = section.eval is not None and not same_source(section.train, section.eval)
-    both = section.eval is not None and _is_npz(Path(section.eval)) and section.eval_split is None
-    if section.eval is not None and (other or both):
-        return train, read_images(section.eval, section, split="eval")
-    if section.eval_split is None:
-        raise DataError(
-            f"'data.train' and 'data.eval' are both {section.train!r}; set data.eval_split, such "
-            "as 0.1, to keep a part of it for evaluation."
+    if (
+        section.eval is not None
+        and section.eval_split is None
+        and same_source(section.train, section.eval)
+        and _is_npz(Path(section.eval))
+    ):
+        return (
+            read_images(section.train, section, split="train"),
+            read_images(section.eval, section, split="eval"),
         )
-    return split_examples(train, section.eval_split, section.seed, train.labels is not None)
+    return read_splits(section, read_images)
 
 
 def read_images(
@@ -159,37 +159,16 @@ def read_images(
             f"{source!r} is no data set of images; give a folder of class folders, or a .npz or "
             ".parquet file."
         )
-    if path.is_file():
-        columns = READERS[".parquet"](read_content(path, source), source, section)
-    elif not path.exists() and (_is_npz(path) or source[0] in "./~" or "\\" in source):
+    if not path.exists() and _is_npz(path):
         raise DataError(f"there is no file or folder {source!r}; check the path.")
-    else:
-        name = section.train_split if split == "train" else section.eval_split_name
-        columns = read_datasets(source, name)
-    if not columns or not len(next(iter(columns.values()))):
-        refuse_empty(source)
-    images = _column(columns, section.text, "text", source)
+    columns = read_columns(source, section, split=split)
+    images = column_of(columns, section.text, "text", source)
     if section.label is None:
         return ImageExamples(images, None, source)
-    labels = _column(columns, section.label, "label", source)
+    labels = column_of(columns, section.label, "label", source)
     return ImageExamples(
         images, [_class(label, row, source) for row, label in enumerate(labels, 1)], source
     )
-
-
-def _column(columns: dict[Any, Any], wanted: str | int, key: str, source: str) -> Sequence[Any]:
-    names = list(columns)
-    found: Sequence[Any] | None
-    if isinstance(wanted, int):
-        found = columns[names[wanted]] if wanted < len(names) else None
-    else:
-        found = columns.get(wanted)
-    if found is None:
-        raise DataError(
-            f"{source!r} has no column {wanted!r}.{nearest(str(wanted), map(str, names))} Set "
-            f"data.{key} to one of: {', '.join(map(str, names))}."
-        )
-    return found
 
 
 def _class(label: Any, row: int, source: str) -> str:

@@ -157,12 +157,13 @@ class DataSection(_Section):
         if self.label is None:
             if self.task.endswith("regression"):
                 raise ValueError("'label' is null, which does not fit a regression; name a column")
-            for key in ("metric", "labels"):
-                if getattr(self, key) is not None:
-                    raise ValueError(
-                        f"{key!r} needs labels and 'label' is null; leave it out (agreement with "
-                        "the teacher and KL to it are measured), or name a label column"
-                    )
+            if self.metric is not None:
+                raise ValueError(
+                    "'metric' needs labels and 'label' is null; leave it out (agreement with the "
+                    "teacher and KL to it are measured), or name a label column"
+                )
+            if self.labels is not None:
+                raise ValueError("'labels' does not fit data without labels ('label' is null)")
         if self.labels is not None:
             if self.task.endswith("regression"):
                 raise ValueError("'labels' does not fit a regression; remove it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -23,11 +23,18 @@ from ._sections import DataSection
 
 __all__ = [
     "Examples",
+    "column_of",
+    "read_columns",
     "read_examples",
+    "read_splits",
     "read_train_and_eval",
     "same_source",
     "split_examples",
 ]
+
+
+STRATIFIED = ("classification", "pair", "image_classification")
+"""Tasks with one class for every example: a part drawn from them keeps the classes' shares."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,23 @@ class Examples:
         return Examples([self.texts[i] for i in indices], pairs, labels, self.source)
 
 
+class _Labelled(Protocol):
+    """Examples of any kind."""
+
+    @property
+    def labels(self) -> Any: ...
+
+    @property
+    def source(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Sequence[int]) -> Any: ...
+
+
+_Kind = TypeVar("_Kind", bound=_Labelled)
+
+
 def read_train_and_eval(section: DataSection) -> tuple[Examples, Examples]:
     """Reads the training and the evaluation examples of a recipe.
 
@@ -79,15 +103,31 @@ def read_train_and_eval(section: DataSection) -> tuple[Examples, Examples]:
     Raises:
         DataError: If data are missing, empty, unreadable or malformed.
     """
-    train = read_examples(section.train, section, split="train")
+    return read_splits(section, read_examples)
+
+
+def read_splits(section: DataSection, read: Callable[..., _Kind]) -> tuple[_Kind, _Kind]:
+    """Reads the training and the evaluation examples of a recipe with a reader of one source.
+
+    Args:
+        section: The recipe's data section.
+        read: Called with the source, the section and ``split="train"`` or ``"eval"``.
+
+    Returns:
+        The training and the evaluation examples, see ``read_train_and_eval``.
+
+    Raises:
+        DataError: If data are missing, empty, unreadable or malformed.
+    """
+    train = read(section.train, section, split="train")
     if section.eval is not None and not same_source(section.train, section.eval):
-        return train, read_examples(section.eval, section, split="eval")
+        return train, read(section.eval, section, split="eval")
     if section.eval_split is None:
         raise DataError(
             f"'data.train' and 'data.eval' are both {section.train!r}; set data.eval_split, such "
             "as 0.1, to keep a part of it for evaluation."
         )
-    stratify = not section.task.endswith("regression") and train.labels is not None
+    stratify = section.task in STRATIFIED and train.labels is not None
     return split_examples(train, section.eval_split, section.seed, stratify)
 
 
@@ -112,9 +152,32 @@ def read_examples(
     if not source:
         raise DataError("a path or name of data is empty; set data.train and data.eval.")
     path = Path(source).expanduser()
-    suffix = file_type(path)
     if path.is_dir() and _class_folders(path):
         return _read_folder(path, source, section)
+    return _examples(read_columns(source, section, split=split), source, section)
+
+
+def read_columns(
+    source: str, section: DataSection, *, split: Literal["train", "eval"] = "train"
+) -> dict[Any, Sequence[Any]]:
+    """Reads a table.
+
+    Args:
+        source: A TSV, CSV, JSONL, JSON or Parquet file (each also with .gz); or a name or path for
+            `datasets`, optionally ``name:config``.
+        section: The recipe's data section: encoding, header and split names.
+        split: Which split is read from a `datasets` name.
+
+    Returns:
+        The columns by name, or by position where the file has no header.
+
+    Raises:
+        DataError: If the source is missing, empty, unreadable or malformed.
+    """
+    if not source:
+        raise DataError("a path or name of data is empty; set data.train and data.eval.")
+    path = Path(source).expanduser()
+    suffix = file_type(path)
     if path.is_file():
         if suffix not in READERS:
             raise DataError(
@@ -129,24 +192,7 @@ def read_examples(
         columns = read_datasets(source, name)
     if not columns or not len(next(iter(columns.values()))):
         refuse_empty(source)
-    return _examples(columns, source, section)
-
-
-class _Labelled(Protocol):
-    """Examples of any kind."""
-
-    @property
-    def labels(self) -> Any: ...
-
-    @property
-    def source(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def select(self, indices: Sequence[int]) -> Any: ...
-
-
-_Kind = TypeVar("_Kind", bound=_Labelled)
+    return columns
 
 
 def split_examples(
@@ -208,9 +254,20 @@ def _examples(columns: dict[Any, Sequence[Any]], source: str, section: DataSecti
     return Examples(texts, pairs, labels, source)
 
 
-def _column(
+def column_of(
     columns: dict[Any, Sequence[Any]], wanted: str | int, key: str, source: str
 ) -> Sequence[Any]:
+    """Returns a column of a table by the recipe's key.
+
+    Args:
+        columns: The table.
+        wanted: Name or position of the column.
+        key: The recipe's key in ``data``, for messages.
+        source: Where the table is from.
+
+    Raises:
+        DataError: There is no such column.
+    """
     names = list(columns)
     if isinstance(wanted, int) and wanted < len(names):
         return columns[names[wanted]]
@@ -232,7 +289,7 @@ def _cells(
     columns: dict[Any, Sequence[Any]], wanted: str | int, key: str, source: str
 ) -> list[str | int | float]:
     cells: list[str | int | float] = []
-    for row, value in enumerate(_column(columns, wanted, key, source), start=1):
+    for row, value in enumerate(column_of(columns, wanted, key, source), start=1):
         if _missing(value):
             raise DataError(f"row {row} of {source!r} has no {key}; add it or remove the row.")
         if not isinstance(value, str | int | float):
