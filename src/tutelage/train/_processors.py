@@ -44,13 +44,16 @@ def one_line(key: str, name: str) -> Iterator[None]:
         ) from error
 
 
-def load_tokenizer(name: str, key: str = "model.name_or_path", *, padding: bool = True) -> Any:
+def load_tokenizer(
+    name: str, key: str = "model.name_or_path", *, padding: bool = True, **settings: Any
+) -> Any:
     """Loads the tokenizer of a model.
 
     Args:
         name: A folder or a model name.
         key: The recipe's key, for messages.
         padding: Whether it must have a padding token.
+        **settings: Passed to ``AutoTokenizer.from_pretrained``.
 
     Raises:
         RecipeError: There is none.
@@ -59,7 +62,7 @@ def load_tokenizer(name: str, key: str = "model.name_or_path", *, padding: bool 
     from transformers import AutoTokenizer
 
     with one_line(f"the tokenizer of {key}", name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
     # Without its files transformers makes a tokenizer that knows special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise RecipeError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, NonFiniteLossError
+from ._bio import entity_scores
 
 __all__ = [
     "METRICS",
@@ -24,8 +26,10 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
+Tags = Sequence[Sequence[str]]
 
 CLASSIFICATION = ("classification", "pair", "image_classification")
+TAGGING = ("token_classification",)
 REGRESSION = ("regression", "pair_regression")
 
 
@@ -37,7 +41,8 @@ class Metric:
         kinds: The task kinds that it measures.
         compute: From predictions and labels, one of each per example, to a value. Predictions are
             class indices, real numbers for regression; for language models the summed negative log
-            likelihood of a block, with the number of its predicted tokens in place of labels.
+            likelihood of a block, with the number of its predicted tokens in place of labels;
+            for tagging the label names of a sentence's words.
         description: What the value says.
         binary_only: Whether it is defined for two classes only.
         greater_is_better: Whether a larger value is the better one.
@@ -257,6 +262,24 @@ def _perplexity(sums: Array, counts: Array) -> float:
     return math.exp(min(_mean_loss(sums, counts), 700.0))
 
 
+def _entity_f1(predicted: Tags, given: Tags) -> float:
+    return entity_scores(predicted, given)[2]
+
+
+def _entity_precision(predicted: Tags, given: Tags) -> float:
+    return entity_scores(predicted, given)[0]
+
+
+def _entity_recall(predicted: Tags, given: Tags) -> float:
+    return entity_scores(predicted, given)[1]
+
+
+def _token_accuracy(predicted: Tags, given: Tags) -> float:
+    ours, theirs = itertools.chain(*predicted), itertools.chain(*given)
+    right = [one == other for one, other in zip(ours, theirs, strict=True)]
+    return sum(right) / max(len(right), 1)
+
+
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(CLASSIFICATION, _accuracy, "share of right labels"),
     "f1": Metric(CLASSIFICATION, _f1, "F1 of class 1 of two", binary_only=True),
@@ -265,6 +288,10 @@ METRICS: dict[str, Metric] = {
     "pearson": Metric(REGRESSION, _pearson, "linear correlation"),
     "spearman": Metric(REGRESSION, _spearman, "rank correlation"),
     "correlation": Metric(REGRESSION, _correlation, "mean of pearson and spearman"),
+    "entity_f1": Metric(TAGGING, _entity_f1, "F1 of whole entities in BIO tags"),
+    "entity_precision": Metric(TAGGING, _entity_precision, "share of right entities among found"),
+    "entity_recall": Metric(TAGGING, _entity_recall, "share of found entities among given"),
+    "token_accuracy": Metric(TAGGING, _token_accuracy, "share of words with the right label"),
     "perplexity": Metric(
         ("causal_lm",), _perplexity, "exp of loss", greater_is_better=False, fraction=False
     ),

@@ -10,6 +10,7 @@ from ._dataset import batches as batches
 from ._dataset import for_model as for_model
 from ._dataset import predict_logits as predict_logits
 from ._prediction import Prediction as Prediction
+from ._prediction import WordLabels as WordLabels
 from ._task import AGREEMENT as AGREEMENT
 from ._task import Head as Head
 from ._task import Task as Task
@@ -18,6 +19,7 @@ from .image_classification import ImageTask as ImageTask
 from .text_classification import TextTask as TextTask
 from .text_classification import build_task as build_task
 from .text_classification import has_head as has_head
+from .token_classification import TokenTask as TokenTask
 
 __all__ = [
     "AGREEMENT",
@@ -30,6 +32,8 @@ __all__ = [
     "Task",
     "TaskDataset",
     "TextTask",
+    "TokenTask",
+    "WordLabels",
     "batches",
     "build_task",
     "for_model",
@@ -45,6 +49,7 @@ TASKS: dict[str, type[Task]] = {
     "pair_regression": TextTask,
     "image_classification": ImageTask,
     "causal_lm": CausalLM,
+    "token_classification": TokenTask,
 }
 """From ``data.task`` to the task; add yours here."""
 

@@ -9,7 +9,7 @@ import torch
 
 from ._task import Array
 
-__all__ = ["Prediction", "likeliest"]
+__all__ = ["Prediction", "WordLabels", "likeliest"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,28 @@ class Prediction:
         if self.label is None:
             return f"{self.value:.4f}\t{given}"
         return f"{self.label}\t{self.probability:.4f}\t{given}"
+
+
+@dataclass(frozen=True)
+class WordLabels:
+    """What a packed model says about the words of a text.
+
+    Attributes:
+        words: The words.
+        labels: The likeliest label of each; ``None`` for words that were cut off.
+    """
+
+    words: list[str]
+    labels: list[str | None]
+
+    def line(self, given: str) -> str:
+        """Returns every word with a slash and its label.
+
+        Args:
+            given: The input.
+        """
+        pairs = zip(self.words, self.labels, strict=True)
+        return " ".join(f"{word}/{label or '?'}" for word, label in pairs)
 
 
 def likeliest(logits: Array, names: Sequence[str]) -> list[Prediction]:
