@@ -45,8 +45,9 @@ class RunResult(_Record):
         task: Kind of the task.
         metric: Name of the headline metric; ``"agreement"`` for data without labels.
         scheme: Name of the student's scheme.
-        train_examples: Number of training examples.
-        eval_examples: Number of evaluation examples.
+        train_examples: Number of training examples; windows of contexts, or blocks of text, are
+            counted singly.
+        eval_examples: Number of evaluation examples, likewise.
         teacher: Figures of the teacher in float32.
         student: Figures of the student as it was loaded from its files.
         teacher_fine_tuned: Whether the run fine-tuned the teacher.

@@ -101,9 +101,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 class DataSection(_Section):
     """Which examples are read, and where text and label are found in them."""
 
-    task: TaskName = Field(
-        default="classification", description="what a label is, and whether texts come in pairs"
-    )
+    task: TaskName = Field(default="classification", description="what a label is, and of what")
     train: str = Field(description="a file, a folder of class folders, or a datasets name[:config]")
     eval: str | None = Field(
         default=None, description="evaluation data; default: a part of train (eval_split)"
@@ -121,6 +119,10 @@ class DataSection(_Section):
         default="utf-8", description="encoding of text files"
     )
     max_length: Positive = Field(default=128, description="tokens after which text is cut")
+    stride: Natural = Field(
+        default=64, description="tokens that two windows of a long context share (questions)"
+    )
+    max_answer: Positive = Field(default=30, description="tokens of the longest answer")
     train_split: str = Field(default="train", description="split of a datasets name for training")
     eval_split_name: str = Field(
         default="validation", description="split of a datasets name for evaluation"

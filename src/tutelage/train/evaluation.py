@@ -23,7 +23,7 @@ class Evaluation:
 
     Attributes:
         source: Where the examples are from.
-        examples: How many there are.
+        examples: How many there are; windows of contexts, or blocks of text, are counted singly.
         task: Kind of the task.
         metric: Name of the headline metric.
         metrics: Every metric that fits, by name.
@@ -78,7 +78,7 @@ def evaluate_folder(
         )
     return Evaluation(
         source=examples.source,
-        examples=len(examples),
+        examples=len(encoded),
         task=task.kind,
         metric=task.metric,
         metrics=metrics,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, NonFiniteLossError
+from ._answers import exact_match, overlap_f1
 from ._bio import entity_scores
 
 __all__ = [
@@ -30,6 +31,7 @@ Tags = Sequence[Sequence[str]]
 
 CLASSIFICATION = ("classification", "pair", "image_classification")
 TAGGING = ("token_classification",)
+ANSWERING = ("question_answering",)
 REGRESSION = ("regression", "pair_regression")
 
 
@@ -42,7 +44,8 @@ class Metric:
         compute: From predictions and labels, one of each per example, to a value. Predictions are
             class indices, real numbers for regression; for language models the summed negative log
             likelihood of a block, with the number of its predicted tokens in place of labels;
-            for tagging the label names of a sentence's words.
+            for tagging the label names of a sentence's words; for answers texts, and the accepted
+            texts of each.
         description: What the value says.
         binary_only: Whether it is defined for two classes only.
         greater_is_better: Whether a larger value is the better one.
@@ -292,6 +295,8 @@ METRICS: dict[str, Metric] = {
     "entity_precision": Metric(TAGGING, _entity_precision, "share of right entities among found"),
     "entity_recall": Metric(TAGGING, _entity_recall, "share of found entities among given"),
     "token_accuracy": Metric(TAGGING, _token_accuracy, "share of words with the right label"),
+    "exact_match": Metric(ANSWERING, exact_match, "share of answers equal to an accepted one"),
+    "answer_f1": Metric(ANSWERING, overlap_f1, "F1 of the words shared with an accepted answer"),
     "perplexity": Metric(
         ("causal_lm",), _perplexity, "exp of loss", greater_is_better=False, fraction=False
     ),

@@ -9,6 +9,7 @@ from ._dataset import TaskDataset as TaskDataset
 from ._dataset import batches as batches
 from ._dataset import for_model as for_model
 from ._dataset import predict_logits as predict_logits
+from ._prediction import Answer as Answer
 from ._prediction import Prediction as Prediction
 from ._prediction import WordLabels as WordLabels
 from ._task import AGREEMENT as AGREEMENT
@@ -16,6 +17,7 @@ from ._task import Head as Head
 from ._task import Task as Task
 from .causal_lm import CausalLM as CausalLM
 from .image_classification import ImageTask as ImageTask
+from .question_answering import QuestionTask as QuestionTask
 from .text_classification import TextTask as TextTask
 from .text_classification import build_task as build_task
 from .text_classification import has_head as has_head
@@ -24,11 +26,13 @@ from .token_classification import TokenTask as TokenTask
 __all__ = [
     "AGREEMENT",
     "TASKS",
+    "Answer",
     "CausalLM",
     "EncodedDataset",
     "Head",
     "ImageTask",
     "Prediction",
+    "QuestionTask",
     "Task",
     "TaskDataset",
     "TextTask",
@@ -50,6 +54,7 @@ TASKS: dict[str, type[Task]] = {
     "image_classification": ImageTask,
     "causal_lm": CausalLM,
     "token_classification": TokenTask,
+    "question_answering": QuestionTask,
 }
 """From ``data.task`` to the task; add yours here."""
 

@@ -9,7 +9,7 @@ import torch
 
 from ._task import Array
 
-__all__ = ["Prediction", "WordLabels", "likeliest"]
+__all__ = ["Answer", "Prediction", "WordLabels", "likeliest"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,31 @@ class WordLabels:
         """
         pairs = zip(self.words, self.labels, strict=True)
         return " ".join(f"{word}/{label or '?'}" for word, label in pairs)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a packed model answers to a question.
+
+    Attributes:
+        answer: The answer, a part of the context.
+        start: Its first character in the context.
+        end: The character after its last.
+        score: Sum of its start and end logits.
+    """
+
+    answer: str
+    start: int
+    end: int
+    score: float
+
+    def line(self, given: str) -> str:
+        """Returns the answer and its score, between tabs.
+
+        Args:
+            given: The context.
+        """
+        return f"{self.answer}\t{self.score:.4f}"
 
 
 def likeliest(logits: Array, names: Sequence[str]) -> list[Prediction]:
