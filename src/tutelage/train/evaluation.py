@@ -11,7 +11,9 @@ from ..errors import ArtefactError, DataError, RecipeError
 from ..export import load, weight_bytes
 from ._inference import measure
 from ._models import encode_for
+from ._output import RECIPE_FILE
 from ._sections import DataSection
+from .recipe import load_recipe
 from .tasks import TASKS, Prediction, Task, predict_logits, task_of_model
 
 __all__ = ["Evaluation", "Prediction", "evaluate_folder", "predict_logits", "predict_texts"]
@@ -118,7 +120,9 @@ def predict_texts(
     if kind is None:
         raise DataError(f"{folder} holds a {type(model).__name__}, which has no head of any task.")
     processor = _processor_of(kind, folder, model)
-    return kind.predict(model, processor, texts, pairs, max_length)
+    stored = folder / RECIPE_FILE
+    section = load_recipe(stored).data if stored.is_file() else None
+    return kind.predict(model, processor, texts, pairs, max_length, section)
 
 
 def _processor_of(kind: type[Task], folder: Path, model: Any) -> Any:

@@ -215,6 +215,7 @@ class Task(ABC):
         inputs: Sequence[str],
         pairs: Sequence[str] | None = None,
         max_length: int | None = None,
+        section: DataSection | None = None,
     ) -> list[Any]:
         """Says what a model makes of inputs; one object a line, which has ``line(given)``.
 
@@ -224,6 +225,7 @@ class Task(ABC):
             inputs: Texts, or what the task takes.
             pairs: The second text of each.
             max_length: Tokens of an input; by default as many as the model allows.
+            section: How the data were read that the model was trained on, where that is known.
 
         Raises:
             DataError: The task does not predict, or the inputs do not fit.

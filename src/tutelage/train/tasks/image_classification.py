@@ -180,6 +180,7 @@ class ImageTask(Task):
         inputs: Sequence[str],
         pairs: Sequence[str] | None = None,
         max_length: int | None = None,
+        section: DataSection | None = None,
     ) -> list[Prediction]:
         """Returns the likeliest class of every image file."""
         if pairs is not None:

@@ -254,16 +254,18 @@ class QuestionTask(TokenInputs):
         inputs: Sequence[str],
         pairs: Sequence[str] | None = None,
         max_length: int | None = None,
+        section: DataSection | None = None,
     ) -> list[Answer]:
         """Returns the answer to each of ``pairs`` (questions) in ``inputs`` (contexts)."""
         if pairs is None:
             raise DataError("a question answering model needs a question; give it with --pair.")
         wanted = max_length or processor.model_max_length
-        section = DataSection.model_validate(
-            {"task": cls.kind, "train": "-", "eval": "-", "max_length": wanted}
-        )
-        task = cls("answer_f1", section.stride, section.max_answer)
-        limit = task.limit(section, [model], processor)
+        given = section or DataSection.model_validate({"task": cls.kind, "train": "-", "eval": "-"})
+        task = cls("answer_f1", given.stride, given.max_answer)
+        given = given.model_copy(update={"max_length": wanted})
+        limit = task.limit(given, [model], processor)
+        if section is None:
+            task = cls("answer_f1", min(given.stride, limit // 4), given.max_answer)
         examples = QuestionExamples(list(inputs), list(pairs), None, "the texts")
         encoded = task.encode(examples, processor, limit)
         data = for_model(encoded, model)

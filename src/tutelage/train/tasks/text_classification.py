@@ -145,6 +145,7 @@ class TextTask(TokenInputs):
         inputs: Sequence[str],
         pairs: Sequence[str] | None = None,
         max_length: int | None = None,
+        section: DataSection | None = None,
     ) -> list[Prediction]:
         """Returns the likeliest class, or the number, of every text."""
         names = output_names(model)

@@ -236,6 +236,7 @@ class TokenTask(TokenInputs):
         inputs: Sequence[str],
         pairs: Sequence[str] | None = None,
         max_length: int | None = None,
+        section: DataSection | None = None,
     ) -> list[WordLabels]:
         """Returns the likeliest label of every word; words stand between blanks."""
         if pairs is not None:
@@ -245,8 +246,8 @@ class TokenTask(TokenInputs):
         if not all(sentences):
             raise DataError("a text has no words; give at least one.")
         wanted = max_length or processor.model_max_length
-        section = DataSection(task="token_classification", train="-", eval="-", max_length=wanted)
-        limit = task.limit(section, [model], processor)
+        given = DataSection(task="token_classification", train="-", eval="-", max_length=wanted)
+        limit = task.limit(given, [model], processor)
         encoded = task.encode(TaggedExamples(sentences, None, "the texts"), processor, limit)
         data = for_model(encoded, model)
         found: dict[int, list[str | None]] = {}
