@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel, pipelin
 
 import tutelage
 from helpers import redraw
-from tutelage.errors import DataError, UnsupportedModelError
+from tutelage.errors import ArtefactError, DataError, UnsupportedModelError
 from tutelage.train._images import read_image_splits, read_images
 from tutelage.train._models import load_config
 from tutelage.train.evaluation import evaluate_folder, predict_texts
@@ -94,8 +94,10 @@ class TestRuns:
     ) -> None:
         from PIL import Image
 
-        result = run_recipe(make())
+        said: list[str] = []
+        result = run_recipe(make(), report=said.append)
         folder = Path(result.folder)
+        assert f"{classifier} holds no image processor: the default is used" in said
         assert (result.task, result.metric) == ("image_classification", "accuracy")
         assert (result.train_examples, result.eval_examples) == (24, 9)
         assert result.kl is not None
@@ -113,6 +115,9 @@ class TestRuns:
         stored = json.loads((folder / "preprocessor_config.json").read_text())
         assert stored["size"] == {"height": SIDE, "width": SIDE}
         assert stored["image_mean"] == [0.5, 0.5, 0.5]
+        (folder / "preprocessor_config.json").unlink()
+        with pytest.raises(ArtefactError, match="holds no usable image processor"):
+            predict_texts(folder, [str(picture)])
 
     def test_fine_tunes_a_model_without_head(
         self, make: Callable[..., Recipe], tmp_path: Path

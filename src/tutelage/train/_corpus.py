@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import DataError
 from ._readers import READERS, decode, file_type, read_content
 from ._sections import DataSection
-from .data import same_source
+from ._split import same_source
 
 __all__ = ["Corpus", "read_corpora", "read_corpus"]
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import io
-import itertools
-import lzma
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import DataError
-from ._readers import READERS, file_type, refuse_empty
+from ._npz import is_npz, read_npz
+from ._readers import READERS, file_type
 from ._sections import DataSection
-from .data import column_of, read_columns, read_splits, same_source
+from ._split import read_splits, same_source
+from .data import column_of, read_columns
 
 __all__ = ["ImageExamples", "open_image", "read_image_splits", "read_images", "require_pillow"]
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ def read_image_splits(section: DataSection) -> tuple[ImageExamples, ImageExample
         section.eval is not None
         and section.eval_split is None
         and same_source(section.train, section.eval)
-        and _is_npz(Path(section.eval))
+        and is_npz(Path(section.eval))
     ):
         return (
             read_images(section.train, section, split="train"),
@@ -137,7 +132,7 @@ def read_images(
 
     Args:
         source: A folder that holds one folder of image files per class; a ``.npz`` file (also
-            with .xz), see ``_read_npz``; a Parquet file of image files; or a name or path for
+            with .xz), see ``read_npz``; a Parquet file of image files; or a name or path for
             `datasets`, optionally ``name:config``.
         section: The recipe's data section: columns and split names.
         split: Which split is read from a file or name that has several.
@@ -149,8 +144,8 @@ def read_images(
         raise DataError("a path or name of data is empty; set data.train and data.eval.")
     require_pillow()
     path = Path(source).expanduser()
-    if path.is_file() and _is_npz(path):
-        return _read_npz(path, source, section, split)
+    if path.is_file() and is_npz(path):
+        return ImageExamples(*read_npz(path, source, section, split), source)
     folders = _class_folders(path) if path.is_dir() else []
     if folders:
         return _read_folder(folders, source, section)
@@ -159,7 +154,7 @@ def read_images(
             f"{source!r} is no data set of images; give a folder of class folders, or a .npz or "
             ".parquet file."
         )
-    if not path.exists() and _is_npz(path):
+    if not path.exists() and is_npz(path):
         raise DataError(f"there is no file or folder {source!r}; check the path.")
     columns = read_columns(source, section, split=split)
     images = column_of(columns, section.text, "text", source)
@@ -199,122 +194,3 @@ def _read_folder(folders: list[Path], source: str, section: DataSection) -> Imag
         images += map(str, files)
         labels += [folder.name] * len(files)
     return ImageExamples(images, None if section.label is None else labels, source)
-
-
-def _is_npz(path: Path) -> bool:
-    return path.name.lower().removesuffix(".xz").endswith(".npz")
-
-
-def _read_npz(path: Path, source: str, section: DataSection, split: str) -> ImageExamples:
-    """Reads a ``.npz`` file; nothing pickled is ever loaded.
-
-    Its keys are ``images`` (examples, height, width[, channels]) of uint8 and ``labels``
-    (examples,); or, for image files in one array of bytes, ``bytes`` (size,) of uint8 and
-    ``offsets`` (examples + 1,), image i being ``bytes[offsets[i]:offsets[i + 1]]``. With several
-    splits every key begins with the name of its split and an underscore: ``train_images``,
-    ``test_labels``. ``classes`` may name the classes that whole-numbered labels count.
-    """
-    arrays = _arrays(path, source)
-    prefix = _prefix(set(arrays), source, section, split)
-    labels = None if section.label is None else _npz_labels(arrays, prefix, source)
-    images: Sequence[Any]
-    if f"{prefix}images" in arrays:
-        images = list(_pixels(arrays[f"{prefix}images"], f"{prefix}images", source))
-    elif {f"{prefix}bytes", f"{prefix}offsets"} <= set(arrays):
-        images = _cut(arrays[f"{prefix}bytes"], arrays[f"{prefix}offsets"], source)
-    else:
-        raise DataError(
-            f"{source!r} holds neither '{prefix}images' nor '{prefix}bytes' with "
-            f"'{prefix}offsets' (it holds {', '.join(sorted(arrays)) or 'nothing'}); save the "
-            "images under one of these keys."
-        )
-    if not len(images):
-        refuse_empty(source)
-    if labels is not None and len(labels) != len(images):
-        raise DataError(
-            f"{source!r} holds {len(images)} images and {len(labels)} labels; save one label for "
-            "each image."
-        )
-    return ImageExamples(images, labels, source)
-
-
-def _arrays(path: Path, source: str) -> dict[str, Array]:
-    try:
-        content = path.read_bytes()
-        if path.name.lower().endswith(".xz"):
-            content = lzma.decompress(content)
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (
-        OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError,
-        zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-    ) as error:  # fmt: skip
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(
-            f"{source!r} is no .npz file of plain arrays ({lines[0].rstrip('.')[:120]}); save it "
-            "again with numpy.savez, or copy it again."
-        ) from None
-
-
-def _prefix(names: set[str], source: str, section: DataSection, split: str) -> str:
-    """Returns how the keys of a split begin."""
-    wanted = (section.train_split,) if split == "train" else (section.eval_split_name, "test")
-    for name in wanted:
-        if any(key.startswith(f"{name}_") for key in names):
-            return f"{name}_"
-    if names & {"images", "bytes"}:
-        return ""
-    raise DataError(
-        f"{source!r} has no split {wanted[0]!r} (it holds {', '.join(sorted(names)) or 'nothing'})"
-        f"; set data.{'train_split' if split == 'train' else 'eval_split_name'} to one of its "
-        "splits."
-    )
-
-
-def _npz_labels(arrays: dict[str, Array], prefix: str, source: str) -> list[str]:
-    labels = arrays.get(f"{prefix}labels")
-    if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iuU":
-        what = "none" if labels is None else f"{labels.dtype} of shape {labels.shape}"
-        raise DataError(
-            f"{source!r} needs '{prefix}labels' of shape (examples,), whole numbers or text, and "
-            f"holds {what}; add them, or set data.label=null."
-        )
-    classes = arrays.get("classes")
-    if classes is None or labels.dtype.kind == "U":
-        return [str(label) for label in labels.tolist()]
-    wrong = labels[(labels < 0) | (labels >= len(classes))]
-    if len(wrong):
-        raise DataError(
-            f"{source!r} has the label {wrong[0]}, but 'classes' names {len(classes)}; correct it."
-        )
-    return [str(classes[label]) for label in labels]
-
-
-def _pixels(images: Array, key: str, source: str) -> Array:
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in (
-        (), (1,), (3,), (4,)
-    ):  # fmt: skip
-        raise DataError(
-            f"{key!r} of {source!r} is {images.dtype} of shape {images.shape}; save uint8 of shape "
-            "(examples, height, width, channels), channels last."
-        )
-    return images
-
-
-def _cut(content: Array, offsets: Array, source: str) -> list[bytes]:
-    fits = (
-        content.dtype == np.uint8
-        and content.ndim == offsets.ndim == 1
-        and offsets.dtype.kind in "iu"
-        and len(offsets) > 0
-        and offsets[0] >= 0
-        and bool((offsets[1:] > offsets[:-1]).all())
-        and offsets[-1] <= len(content)
-    )
-    if not fits:
-        raise DataError(
-            f"the offsets of {source!r} do not cut its bytes into images; save uint8 bytes and "
-            "increasing offsets, one more than images."
-        )
-    raw = content.tobytes()
-    return [raw[start:end] for start, end in itertools.pairwise(offsets)]

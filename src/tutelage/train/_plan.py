@@ -83,6 +83,9 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
     _refuse_evaluation_without_labels(recipe, task)
     auto_class(name, config, kind.head)
     processor = kind.load_processor(name, config)
+    files = [Path(name) / file for file in kind.processor_files]
+    if files and Path(name).is_dir() and not any(file.is_file() for file in files):
+        report(f"{name} holds no {kind.processor_name}: the default is used")
     if task.label_names:
         _refuse_other_labels(config, guide, kind.head)
     model = load_model(name, config, task)

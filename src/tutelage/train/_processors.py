@@ -11,7 +11,17 @@ from torch import nn
 
 from ..errors import RecipeError, TutelageError, UnsupportedModelError
 
-__all__ = ["load_image_processor", "load_tokenizer", "one_line", "position_limit"]
+__all__ = [
+    "IMAGE_PROCESSOR_FILES",
+    "load_image_processor",
+    "load_tokenizer",
+    "one_line",
+    "position_limit",
+]
+
+
+IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Where transformers stores an image processor."""
 
 
 @contextmanager
@@ -91,11 +101,13 @@ def load_image_processor(name: str, config: Any, key: str = "model.name_or_path"
     Raises:
         RecipeError: It could not be loaded, or the configuration names no size.
     """
-    from transformers import AutoImageProcessor, ViTImageProcessorPil
+    from transformers import ViTImageProcessorPil
+
+    # The lazy name at the top asks for torchvision in transformers 5.17.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     folder = Path(name)
-    stored = ("preprocessor_config.json", "processor_config.json")
-    if not folder.is_dir() or any((folder / file).is_file() for file in stored):
+    if not folder.is_dir() or any((folder / file).is_file() for file in IMAGE_PROCESSOR_FILES):
         with one_line(f"the image processor of {key}", name):
             return AutoImageProcessor.from_pretrained(name, backend="pil")
     size = getattr(config, "image_size", None)

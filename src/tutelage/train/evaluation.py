@@ -126,10 +126,14 @@ def predict_texts(
 
 
 def _processor_of(kind: type[Task], folder: Path, model: Any) -> Any:
+    error = ArtefactError(
+        f"{folder} holds no usable {kind.processor_name}; save the model again with "
+        f"processor={kind.processor_name.replace(' ', '_')}."
+    )
+    files = kind.processor_files
+    if files and not any((folder / file).is_file() for file in files):
+        raise error
     try:
         return kind.load_processor(str(folder), model.config, "the tokenizer of the folder")
-    except RecipeError as error:
-        raise ArtefactError(
-            f"{folder} holds no usable {kind.processor_name}; save the model again with "
-            f"processor={kind.processor_name.replace(' ', '_')}."
-        ) from error
+    except RecipeError as reason:
+        raise error from reason

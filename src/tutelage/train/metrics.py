@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,21 @@ import numpy.typing as npt
 
 from ..errors import DataError, NonFiniteLossError
 from ._answers import exact_match, overlap_f1
-from ._bio import entity_scores
+from ._scores import (
+    accuracy,
+    correlation,
+    entity_f1,
+    entity_precision,
+    entity_recall,
+    f1,
+    macro_f1,
+    matthews,
+    mean_loss,
+    pearson,
+    perplexity,
+    spearman,
+    token_accuracy,
+)
 
 __all__ = [
     "METRICS",
@@ -27,7 +39,6 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
-Tags = Sequence[Sequence[str]]
 
 CLASSIFICATION = ("classification", "pair", "image_classification")
 TAGGING = ("token_classification",)
@@ -202,107 +213,26 @@ def refuse_non_finite(broken: int, count: int) -> None:
         )
 
 
-def _accuracy(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(labels, predictions))
-
-
-def _f1(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0))
-
-
-def _macro_f1(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, average="macro", zero_division=0))
-
-
-def _matthews(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return float(matthews_corrcoef(labels, predictions))
-
-
-def _pearson(predictions: Array, labels: Array) -> float:
-    from scipy.stats import pearsonr
-
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return _finite(float(pearsonr(predictions, labels).statistic))
-
-
-def _spearman(predictions: Array, labels: Array) -> float:
-    from scipy.stats import spearmanr
-
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return _finite(float(spearmanr(predictions, labels).statistic))
-
-
-def _correlation(predictions: Array, labels: Array) -> float:
-    return (_pearson(predictions, labels) + _spearman(predictions, labels)) / 2
-
-
-def _constant(values: Array) -> bool:
-    return bool((values == values[0]).all())
-
-
-def _finite(value: float) -> float:
-    return value if np.isfinite(value) else 0.0
-
-
-def _mean_loss(sums: Array, counts: Array) -> float:
-    return float(sums.sum() / counts.sum())
-
-
-def _perplexity(sums: Array, counts: Array) -> float:
-    # Beyond 700 nats a token the exponential leaves the range of a double.
-    return math.exp(min(_mean_loss(sums, counts), 700.0))
-
-
-def _entity_f1(predicted: Tags, given: Tags) -> float:
-    return entity_scores(predicted, given)[2]
-
-
-def _entity_precision(predicted: Tags, given: Tags) -> float:
-    return entity_scores(predicted, given)[0]
-
-
-def _entity_recall(predicted: Tags, given: Tags) -> float:
-    return entity_scores(predicted, given)[1]
-
-
-def _token_accuracy(predicted: Tags, given: Tags) -> float:
-    ours, theirs = itertools.chain(*predicted), itertools.chain(*given)
-    right = [one == other for one, other in zip(ours, theirs, strict=True)]
-    return sum(right) / max(len(right), 1)
-
-
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(CLASSIFICATION, _accuracy, "share of right labels"),
-    "f1": Metric(CLASSIFICATION, _f1, "F1 of class 1 of two", binary_only=True),
-    "macro_f1": Metric(CLASSIFICATION, _macro_f1, "mean of the classes' F1"),
-    "matthews": Metric(CLASSIFICATION, _matthews, "Matthews correlation coefficient"),
-    "pearson": Metric(REGRESSION, _pearson, "linear correlation"),
-    "spearman": Metric(REGRESSION, _spearman, "rank correlation"),
-    "correlation": Metric(REGRESSION, _correlation, "mean of pearson and spearman"),
-    "entity_f1": Metric(TAGGING, _entity_f1, "F1 of whole entities in BIO tags"),
-    "entity_precision": Metric(TAGGING, _entity_precision, "share of right entities among found"),
-    "entity_recall": Metric(TAGGING, _entity_recall, "share of found entities among given"),
-    "token_accuracy": Metric(TAGGING, _token_accuracy, "share of words with the right label"),
+    "accuracy": Metric(CLASSIFICATION, accuracy, "share of right labels"),
+    "f1": Metric(CLASSIFICATION, f1, "F1 of class 1 of two", binary_only=True),
+    "macro_f1": Metric(CLASSIFICATION, macro_f1, "mean of the classes' F1"),
+    "matthews": Metric(CLASSIFICATION, matthews, "Matthews correlation coefficient"),
+    "pearson": Metric(REGRESSION, pearson, "linear correlation"),
+    "spearman": Metric(REGRESSION, spearman, "rank correlation"),
+    "correlation": Metric(REGRESSION, correlation, "mean of pearson and spearman"),
+    "entity_f1": Metric(TAGGING, entity_f1, "F1 of whole entities in BIO tags"),
+    "entity_precision": Metric(TAGGING, entity_precision, "share of right entities among found"),
+    "entity_recall": Metric(TAGGING, entity_recall, "share of found entities among given"),
+    "token_accuracy": Metric(TAGGING, token_accuracy, "share of words with the right label"),
     "exact_match": Metric(ANSWERING, exact_match, "share of answers equal to an accepted one"),
     "answer_f1": Metric(ANSWERING, overlap_f1, "F1 of the words shared with an accepted answer"),
     "perplexity": Metric(
-        ("causal_lm",), _perplexity, "exp of loss", greater_is_better=False, fraction=False
+        ("causal_lm",), perplexity, "exp of loss", greater_is_better=False, fraction=False
     ),
     "loss": Metric(
         ("causal_lm",),
-        _mean_loss,
+        mean_loss,
         "negative log likelihood of a token in nats",
         greater_is_better=False,
         fraction=False,

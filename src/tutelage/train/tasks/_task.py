@@ -68,6 +68,8 @@ class Task(ABC):
         metric: Name of the headline metric, ``AGREEMENT`` for data without labels.
         head: The head that it needs.
         processor_name: What makes its inputs, in words.
+        processor_files: One of them is in a folder that holds it; empty where there is no default
+            for a folder without.
         loss: The mean task loss from a model's output and ``labels``, where the model's own is
             not used; called as ``compute_loss_func`` of ``transformers.Trainer``.
     """
@@ -77,6 +79,7 @@ class Task(ABC):
     metric: str
     head: ClassVar[Head]
     processor_name: ClassVar[str] = "tokenizer"
+    processor_files: ClassVar[tuple[str, ...]] = ()
     loss: ClassVar[Callable[..., Tensor] | None] = None
 
     @classmethod

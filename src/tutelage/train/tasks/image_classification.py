@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from .._images import ImageExamples, open_image, read_image_splits, read_images, require_pillow
-from .._processors import load_image_processor
+from .._processors import IMAGE_PROCESSOR_FILES, load_image_processor
 from .._sections import DataSection
 from ..metrics import evaluate_metrics
 from ._dataset import TaskDataset
@@ -70,6 +70,7 @@ class ImageTask(Task):
 
     kind = "image_classification"
     processor_name: ClassVar[str] = "image processor"
+    processor_files: ClassVar[tuple[str, ...]] = IMAGE_PROCESSOR_FILES
     head: ClassVar[Head] = Head(
         suffixes=("ForImageClassification",),
         auto="AutoModelForImageClassification",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from .._sections import DataSection
+from .._split import read_splits
 from .._squad import QuestionExamples, read_questions
-from ..data import read_splits
 from ..metrics import compute_metrics
 from ._dataset import EncodedDataset, batches, for_model
 from ._prediction import Answer

@@ -14,8 +14,8 @@ from ...errors import DataError, UnsupportedModelError
 from .._bio import is_bio
 from .._processors import load_tokenizer
 from .._sections import DataSection
+from .._split import read_splits
 from .._tagged import TaggedExamples, read_tagged
-from ..data import read_splits
 from ..metrics import compute_metrics
 from ._dataset import EncodedDataset, batches, for_model
 from ._labels import class_labels, class_settings, head_names, label_ids, spellings_of
