@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -163,8 +164,6 @@ class TestRuns:
     def test_a_processor_of_another_size_is_refused(
         self, make: Callable[..., Recipe], classifier: Path, tmp_path: Path
     ) -> None:
-        import shutil
-
         from transformers import ViTImageProcessorPil
 
         other = shutil.copytree(classifier, tmp_path / "other")
@@ -290,10 +289,13 @@ def test_pillow_is_asked_for(monkeypatch: pytest.MonkeyPatch, npz: Path) -> None
 
 
 def test_a_packed_vit_is_the_student(classifier: Path, tmp_path: Path) -> None:
-    model = ViTForImageClassification.from_pretrained(classifier)
+    folder = shutil.copytree(classifier, tmp_path / "folder")
+    (folder / "preprocessor_config.json").write_text('{"size": 8}')
+    model = ViTForImageClassification.from_pretrained(folder)
     student: Any = tutelage.prepare(model, tutelage.Scheme.preset("ternary-a8")).eval()
     batch = torch.randn(2, 3, SIDE, SIDE)
     tutelage.save(student, tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 8}'
     with torch.no_grad():
         found = tutelage.load(tmp_path / "out")(batch).logits
         assert torch.equal(found, student(batch).logits)

@@ -39,8 +39,8 @@ class _Comparison:
         self.equal, self.divergence, self.count = 0, 0.0, 0
 
     def add(self, student: Tensor, teacher: Tensor) -> None:
-        log_q = torch.log_softmax(student.double(), dim=-1)
-        log_p = torch.log_softmax(teacher.double(), dim=-1)
+        log_q = torch.log_softmax(student, dim=-1, dtype=torch.float64)
+        log_p = torch.log_softmax(teacher, dim=-1, dtype=torch.float64)
         self.divergence += float((log_p.exp() * (log_p - log_q)).sum())
         self.equal += int((student.argmax(-1) == teacher.argmax(-1)).sum())
         self.count += student.shape[0]
