@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel, pipelin
 import tutelage
 from helpers import redraw
 from tutelage.errors import ArtefactError, DataError, UnsupportedModelError
-from tutelage.train._images import read_image_splits, read_images
+from tutelage.train._images import open_image, read_image_splits, read_images
 from tutelage.train._models import load_config
 from tutelage.train.evaluation import evaluate_folder, predict_texts
 from tutelage.train.recipe import DataSection, Recipe, load_recipe, recipe_from_dict
@@ -198,6 +199,27 @@ class TestRuns:
         (tmp_path / "set" / "c").mkdir()
         with pytest.raises(DataError, match="c' holds no image files; fill or remove it"):
             read_images(str(tmp_path / "set"), section())
+
+    def test_names_of_the_datasets_library(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        from PIL import Image
+
+        array = images(3)[0][1]
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(HEAD))}
+        )
+        pictures = [Image.fromarray(array)] * 2
+        table = datasets.Dataset.from_dict({"image": pictures, "label": [1, 2]}, features)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
+        table.to_parquet(tmp_path / "a.parquet")
+        for source, labels in (("some_set", ["dog", "owl"]), (tmp_path / "a.parquet", ["1", "2"])):
+            found = read_images(str(source), section())
+            assert found.labels == labels
+            opened = open_image(found.images[1], "RGB", "it")
+            np.testing.assert_array_equal(np.asarray(opened), array)
+        with pytest.raises(DataError, match="has no column 'lable'"):
+            read_images("some_set", section(label="lable"))
 
     def test_splits_of_one_file(self, npz: Path) -> None:
         train, test = read_image_splits(section(npz))

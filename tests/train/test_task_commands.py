@@ -15,6 +15,7 @@ from helpers import make_tokenizer, redraw, tiny_config
 from tutelage import cli
 from tutelage.train._sections import TaskName
 from tutelage.train.metrics import METRICS
+from tutelage.train.recipe import load_recipe
 from tutelage.train.tasks import TASKS, Task, task_of_model
 
 TAGS = ("O", "B-X", "I-X")
@@ -103,6 +104,16 @@ def test_label_free_students_are_compared_in_training_only(
     code, out, _ = run("evaluate", tmp_path / "out", "--label", "tags", "--json")
     assert code == 0
     assert "entity_f1" in json.loads(out)["metrics"]
+
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_recipes_that_ship_are_valid(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert Path(recipe.output).name in (file.stem, "reference")
+    assert recipe.data.task in TASKS
 
 
 def test_every_task_of_a_recipe_has_a_home() -> None:

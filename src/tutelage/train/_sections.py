@@ -109,8 +109,13 @@ class DataSection(_Section):
     eval_split: ShareOrCount | None = Field(
         default=None, description="share or number of train examples kept for evaluation"
     )
-    text: Column = Field(default="text", description="text column, by name or 0-based position")
-    text_pair: Column | None = Field(default=None, description="column of the second text")
+    text: Column = Field(
+        default="text",
+        description="column of texts (images, word lists, contexts), by name or 0-based position",
+    )
+    text_pair: Column | None = Field(
+        default=None, description="column of the second text, or of the question"
+    )
     label: Column | None = Field(
         default="label", description="label column, by name or position; null: without labels"
     )
