@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -27,6 +28,7 @@ import tutelage
 FAMILIES = ("bert", "roberta", "distilbert")
 VOCAB, PAD = 48, 1
 STAGES = ("attention_output", "context", "attention_map")
+WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique", "masked_select")
 
 
 def tiny_config(
@@ -299,3 +301,12 @@ def trainer_for(
         callbacks=callbacks,
         compute_metrics=compute_metrics,
     )
+
+
+class RefuseSync(TorchDispatchMode):
+    """Fails where something waits for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in WAITING):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))

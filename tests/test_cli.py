@@ -17,7 +17,7 @@ import yaml
 
 import tutelage
 from helpers import WORDS, make_tokenizer, save_tiny, write_rows
-from tutelage import cli, scheme
+from tutelage import _presets, cli, scheme
 from tutelage.scheme import Rule
 from tutelage.train.recipe import load_recipe, recipe_from_dict
 from tutelage.train.run import run_recipe
@@ -231,7 +231,7 @@ def test_bad_input_is_refused_in_one_line(
     nothing = scheme.Scheme.preset("ternary-a8").model_copy(
         update={"rules": (Rule(pattern=".*"),), "name": "nothing"}
     )
-    monkeypatch.setitem(scheme._PRESETS, "nothing", nothing)
+    monkeypatch.setitem(_presets.PRESETS, "nothing", nothing)
     before = sorted(p.name for p in tmp_path.iterdir())
     line = refused(run("train", recipe, *(a.format(tmp_path) for a in arguments)))
     assert message in line
@@ -400,3 +400,34 @@ def test_demo_takes_its_options(
     assert run("demo", "--output", tmp_path, "--steps", "7")[0] == 0
     assert called == [(tmp_path, demo.DEFAULT_STEPS), (tmp_path, 7)]
     assert "--steps" in refused(run("demo", "--steps", "0"))
+
+
+def test_inspect_shows_the_sites(run: Callable[..., Any], classifier: Path, tmp_path: Path) -> None:
+    code, out, _ = run("inspect", classifier, "--json")
+    assert code == 0
+    assert [b["query"] for b in json.loads(out)["blocks"]] == [
+        f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)
+    ]
+    code, out, _ = run("inspect", classifier)
+    assert code == 0
+    assert "BertForSequenceClassification: 2 attention calls, 14 Linears" in out
+    assert "bert.encoder.layer.0 to bert.encoder.layer.1 (2)" in out
+    assert "attention.self.value" in out
+    assert "no folder" in refused(run("inspect", tmp_path / "nothing"))
+
+
+def test_inspect_says_what_is_out_of_reach(run: Callable[..., Any], tmp_path: Path) -> None:
+    from families import make_model
+
+    make_model("deberta-v2").save_pretrained(tmp_path)
+    code, out, _ = run("inspect", tmp_path)
+    assert code == 0
+    assert "out of reach  its scores, and quantized products" in out
+
+
+def test_inspect_refuses_an_unknown_architecture(
+    run: Callable[..., Any], classifier: Path, tmp_path: Path
+) -> None:
+    config = json.loads((classifier / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Nobody"]}))
+    assert "is a Nobody" in refused(run("inspect", tmp_path))

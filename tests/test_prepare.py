@@ -314,20 +314,19 @@ def test_calibration_is_refused_as_long_as_nothing_learns_from_it() -> None:
     assert prepared(model) is None
 
 
-def test_tied_embeddings_are_refused_with_a_remedy_that_works() -> None:
+def test_tied_embeddings_stay_tied_and_can_be_kept() -> None:
     model = BertForMaskedLM(tiny_config("bert"))
-    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        UnsupportedModelError, match=r"share one weight.*Rule\(pattern='(.*)'\)"
-    ) as e:
-        prepare(model, TERNARY)
-    _untouched(model, before)
-    pattern = str(e.value).split("pattern='")[1].split("'")[0]
-    prepare(model, TERNARY.model_copy(update={"rules": (Rule(pattern=pattern),)}))
-    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
-    assert type(model.get_input_embeddings()) is nn.Embedding
-    assert model.eval()(**inputs_of(make_batch())).logits.isfinite().all()
+    weight = model.get_input_embeddings().weight
+    assert model.cls.predictions.decoder.weight is weight
+    kept = copy.deepcopy(model)
+    prepare(model, TERNARY)
+    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight is weight
+    assert isinstance(model.cls.predictions.decoder, QuantLinear)
+    rule = Rule(pattern=r".*word_embeddings")
+    prepare(kept, TERNARY.model_copy(update={"rules": (rule,)}))
+    assert kept.cls.predictions.decoder.weight is kept.get_input_embeddings().weight
+    assert type(kept.get_input_embeddings()) is nn.Embedding
+    assert kept.eval()(**inputs_of(make_batch())).logits.isfinite().all()
 
 
 def test_a_model_without_attention_is_refused() -> None:

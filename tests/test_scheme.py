@@ -288,6 +288,22 @@ def test_the_first_rule_that_matches_decides() -> None:
     assert scheme.word_embedding("other") == ModuleSpec(kind="embedding", weight=scheme.embedding)
 
 
+def test_what_only_a_rule_can_quantize() -> None:
+    binary, token = WeightSpec(kind="binary"), ActivationSpec(bits=4)
+    rules = (Rule(pattern="kept"), Rule(pattern="patches|kept", weight=binary, input=token))
+    scheme = Scheme(weight=WeightSpec(kind="ternary"), arithmetic="float", rules=rules)
+    assert scheme.rule_for("kept") == rules[0]
+    assert scheme.rule_for("patches") == rules[1]
+    assert scheme.rule_for("other") is None
+    assert scheme.by_rule("other", "linear") is None
+    assert scheme.by_rule("kept", "conv2d") is None
+    assert scheme.by_rule("patches", "conv2d") == ModuleSpec(
+        kind="conv2d", weight=binary, input=token, arithmetic="float"
+    )
+    for kind in ("linear", "conv1d"):
+        assert scheme.linear("patches", kind).kind == scheme.linear("x", kind).kind == kind  # type: ignore[arg-type, union-attr]
+
+
 def test_embeddings_stay_where_the_scheme_says_nothing() -> None:
     scheme = Scheme(
         weight=WeightSpec(kind="ternary"),

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 
+from ._precision import upcast
+from ._resolve import refuse_unsupported, resolve
 from .errors import SchemeError, UnsupportedModelError
-from .nn import AttentionQuantizer, QuantEmbedding, QuantLinear, use_attention
+from .nn import AttentionQuantizer, QuantWeight, quantize_module, use_attention
 from .scheme import ModuleSpec, Scheme
 from .sites import SiteMap, discover
 
@@ -50,9 +51,12 @@ def prepare(
 ) -> nn.Module:
     """Makes a model quantized, in place: the student of quantization-aware training.
 
-    Linear and embedding modules change their class, attention modules gain an
+    Linear, ``Conv1D`` and embedding modules change their class, attention modules gain an
     ``attention_quantizer``; parameter names, hooks and training flags stay. Latent weights in
     half precision become float32. The model gets a configuration object of its own.
+
+    An output head that is tied to the word embeddings stays tied: it is a quantized Linear on
+    their codes and scales. An untied head of a language model stays in full precision.
 
     Args:
         model: A full-precision transformers model.
@@ -64,11 +68,12 @@ def prepare(
         The same model.
 
     Raises:
-        SchemeError: The scheme matches no module, or one of its rules matches none.
+        SchemeError: The scheme matches no module, one of its rules matches none, or rules
+            disagree about a weight that modules share.
         SiteError: No attention was found in the model.
         UnsupportedModelError: The model was prepared before, or cannot be.
     """
-    if prepared(model) is not None or any(isinstance(m, QuantLinear) for m in model.modules()):
+    if prepared(model) is not None or any(isinstance(m, QuantWeight) for m in model.modules()):
         raise UnsupportedModelError(
             f"{type(model).__name__} is prepared already; load the full-precision model again."
         )
@@ -83,10 +88,8 @@ def prepare(
         )
     sites = discover(model)
     modules = resolve(model, scheme, sites)
-    _refuse_patched(model, modules)
-    _refuse_tied(model, modules)
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        model.float()
+    refuse_unsupported(model, modules)
+    upcast(model)
     own_config(model)
     with use_attention(model, keep=True):
         _convert(model, modules)
@@ -95,49 +98,6 @@ def prepare(
 
     attach_quantizer(model, scheme, modules)
     return model
-
-
-def resolve(model: nn.Module, scheme: Scheme, sites: SiteMap) -> dict[str, ModuleSpec]:
-    """Returns the explicit map from module names to specs.
-
-    Args:
-        model: A full-precision model.
-        scheme: What is quantized, and how.
-        sites: The model's sites.
-
-    Raises:
-        SchemeError: Nothing matches, or a rule matches nothing.
-    """
-    base = getattr(model, "base_model", model)
-    inside = {id(module) for module in base.modules()}
-    words = cast("Any", model).get_input_embeddings()
-    modules: dict[str, ModuleSpec] = {}
-    candidates: list[str] = []
-    for name, module in model.named_modules():
-        spec = None
-        if isinstance(module, nn.Linear) and id(module) in inside:
-            candidates.append(name)
-            spec = scheme.linear(name)
-        elif module is words and isinstance(module, nn.Embedding):
-            candidates.append(name)
-            spec = scheme.word_embedding(name)
-        if spec is not None:
-            modules[name] = spec
-    for rule in scheme.rules:
-        if not any(rule.matches(name) for name in candidates):
-            raise SchemeError(
-                f"the rule {rule.pattern!r} matches none of the {len(candidates)} modules that "
-                f"can be quantized, such as {candidates[0]!r}; patterns must match a whole name."
-            )
-    if not modules:
-        raise SchemeError(
-            f"the scheme {scheme.name!r} matches no module of {type(model).__name__}; "
-            "check its rules."
-        )
-    if scheme.attention is not None:
-        for block in sites.blocks:
-            modules[block.attention] = ModuleSpec(kind="attention", attention=scheme.attention)
-    return modules
 
 
 def own_config(model: nn.Module) -> None:
@@ -166,45 +126,15 @@ def attach_attention(module: nn.Module, spec: ModuleSpec) -> None:
 
 
 def _convert(model: nn.Module, modules: Mapping[str, ModuleSpec]) -> None:
-    for name, spec in modules.items():
+    # Owners of shared weights come first: the others use their quantizer.
+    for name, spec in sorted(modules.items(), key=lambda item: item[1].shared_with is not None):
         module = model.get_submodule(name)
         if spec.kind == "attention":
             attach_attention(module, spec)
-        elif spec.kind == "embedding":
-            weight = cast("Any", spec.weight).build()
-            QuantEmbedding.from_embedding(cast("nn.Embedding", module), weight)
-        else:
-            weight = cast("Any", spec.weight).build()
-            input = None if spec.input is None else spec.input.build()
-            QuantLinear.from_linear(cast("nn.Linear", module), weight, input, spec.arithmetic)
-
-
-def _refuse_patched(model: nn.Module, modules: Mapping[str, ModuleSpec]) -> None:
-    for name, spec in modules.items():
-        module = model.get_submodule(name)
-        if spec.kind != "attention" and "forward" in module.__dict__:
-            raise UnsupportedModelError(
-                f"the forward of {name!r} was replaced on the instance, which would bypass "
-                "quantization; load the model without device_map and without accelerate's hooks."
-            )
-        if spec.kind != "attention" and type(module) not in (nn.Linear, nn.Embedding):
-            raise UnsupportedModelError(
-                f"{name!r} is a {type(module).__name__}, not a plain Linear or Embedding; "
-                "exclude it with a Rule."
-            )
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            raise UnsupportedModelError(f"{name!r} has max_norm; exclude it with a Rule.")
-
-
-def _refuse_tied(model: nn.Module, modules: Mapping[str, ModuleSpec]) -> None:
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None:
             continue
-        other = owners.setdefault(id(weight), name)
-        if other != name and (name in modules or other in modules):
-            raise UnsupportedModelError(
-                f"{other!r} and {name!r} share one weight and only one of them would be "
-                f"quantized; keep it in full precision with Rule(pattern={other!r})."
-            )
+        if spec.shared_with is None:
+            weight = cast("Any", spec.weight).build()
+        else:
+            weight = cast("Any", model.get_submodule(spec.shared_with)).weight_quantizer
+        input = None if spec.input is None else spec.input.build()
+        quantize_module(module, spec.kind, weight, input, spec.arithmetic)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import nn
 
 from ._prepare import prepared
 from .errors import UnsupportedModelError
+from .nn import QuantWeight
 from .quantizers import packed_width
 from .scheme import WEIGHT_QUANTIZERS
 
@@ -24,8 +24,9 @@ class SummaryRow:
         module: Qualified name; ``"(full precision)"`` for all that is not quantized.
         scheme: How it is quantized.
         bits: Bits of one packed weight code, 32 for full precision.
-        packed_bytes: Bytes on disk: codes and scales, without the bias.
-        float_bytes: Bytes of the same in float32.
+        packed_bytes: Bytes on disk: codes and scales, without the bias; 0 where the module
+            shares the weight of another.
+        float_bytes: Bytes of the same in float32; 0 likewise.
     """
 
     module: str
@@ -86,19 +87,25 @@ def summary(student: nn.Module) -> Summary:
         raise UnsupportedModelError(
             f"{type(student).__name__} is not prepared; call tutelage.prepare(model, scheme)."
         )
-    rows, counted = [], 0
+    lines, counted = [], 0
     for name, spec in state.modules.items():
         if spec.weight is None:
             continue
-        weight = cast("torch.Tensor", student.get_submodule(name).weight)
+        module = cast("QuantWeight", student.get_submodule(name))
+        rows, width = module.weight_rows().shape
         grid = WEIGHT_QUANTIZERS[spec.weight.kind].grid
-        scales = weight.shape[0] if spec.weight.granularity == "row" else 1
-        packed = weight.shape[0] * packed_width(weight.shape[1], grid) + 4 * scales
+        scales = rows if spec.weight.granularity == "row" else 1
         text = f"{spec.weight.kind} per {spec.weight.granularity}"
         if spec.input is not None:
             text += f", input {spec.input.bits} bits"
-        rows.append(SummaryRow(name, text, grid.bits, packed, 4 * weight.numel()))
-        counted += weight.numel()
+        if spec.shared_with is not None:
+            lines.append(
+                SummaryRow(name, f"{text}, shared with {spec.shared_with}", grid.bits, 0, 0)
+            )
+            continue
+        packed = rows * packed_width(width, grid) + 4 * scales
+        lines.append(SummaryRow(name, text, grid.bits, packed, 4 * rows * width))
+        counted += rows * width
     rest = 4 * (sum(p.numel() for p in student.parameters()) - counted)
-    rows.append(SummaryRow("(full precision)", "float32", 32, rest, rest))
-    return Summary(tuple(rows))
+    lines.append(SummaryRow("(full precision)", "float32", 32, rest, rest))
+    return Summary(tuple(lines))

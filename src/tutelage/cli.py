@@ -165,6 +165,19 @@ def predict(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder or name.")],
+    as_json: _Json = False,
+) -> None:
+    """Show where the signals of a model were found; reads its configuration, not its weights."""
+    _quiet()
+    from ._inspect import inspect_model, report
+
+    found = inspect_model(model)
+    typer.echo(json.dumps(found[1].to_dict()) if as_json else report(found))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the student.")] = None,

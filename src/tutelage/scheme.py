@@ -35,6 +35,8 @@ WEIGHT_QUANTIZERS: dict[str, type[BaseQuantizer]] = {
 }
 """Weight quantizers by the name a scheme gives them; add yours here."""
 
+_Product = Literal["linear", "conv1d", "conv2d"]
+
 
 class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -135,25 +137,30 @@ class ModuleSpec(_Spec):
     """How one module of a model is quantized; the resolved map holds one per module.
 
     Attributes:
-        kind: ``"linear"``, ``"embedding"`` or ``"attention"``.
-        weight: Of a Linear or an embedding.
-        input: Of a Linear; ``None`` for weight-only quantization.
+        kind: ``"linear"``, ``"conv1d"`` (GPT-2's transposed Linear), ``"conv2d"`` (a patch
+            embedding), ``"embedding"`` or ``"attention"``.
+        weight: Of all but attention; a row is an output feature or a table entry.
+        input: Of a Linear or convolution; ``None`` for weight-only quantization.
         attention: Of an attention module.
-        arithmetic: Of a Linear: ``"integer"`` products scaled once at the end, which is exact, or
-            ``"float"`` products of scaled values, as the published code computes them.
+        arithmetic: ``"integer"`` products scaled once at the end, which is exact, or ``"float"``
+            products of scaled values, as in the published code.
+        shared_with: The module whose weight, codes and scales this one uses; ``None`` for its own.
     """
 
-    kind: Literal["linear", "embedding", "attention"]
+    kind: Literal["linear", "conv1d", "conv2d", "embedding", "attention"]
     weight: WeightSpec | None = None
     input: ActivationSpec | None = None
     attention: AttentionSpec | None = None
     arithmetic: Literal["integer", "float"] = "integer"
+    shared_with: str | None = None
 
 
 class Rule(_Spec):
     """An exception from the scheme for modules whose whole qualified name matches.
 
     The first rule that matches decides. Both specs ``None`` keeps the module in full precision.
+    Where modules share one weight, as tied embeddings do, a rule about one is about all. Untied
+    output heads and the convolution that embeds patches are quantized only where a rule says so.
 
     Attributes:
         pattern: Regular expression that must match the whole name.
@@ -183,9 +190,10 @@ class Rule(_Spec):
 class Scheme(_Spec):
     """Which parts of a Transformer are quantized, and how.
 
-    Every Linear inside the base model, the word embeddings and the products inside attention are
-    quantized; position and type embeddings, norms, biases, the softmax, the residual stream and
-    the task head never are.
+    Every Linear (and ``Conv1D``) inside the base model, the word embeddings and the products
+    inside attention are quantized; position and type embeddings, norms, biases, the softmax, the
+    residual stream and the task head never are. An output head that is tied to the word
+    embeddings uses their codes and scales.
 
     Attributes:
         name: Shown in summaries and model cards.
@@ -222,70 +230,45 @@ class Scheme(_Spec):
         Raises:
             SchemeError: There is no preset of that name.
         """
-        if name not in _PRESETS:
-            known = ", ".join(repr(key) for key in _PRESETS)
-            raise SchemeError(
-                f"there is no scheme {name!r}; use one of {known}.{nearest(name, _PRESETS)}"
-            )
-        return _PRESETS[name]
+        from ._presets import PRESETS
+
+        if name not in PRESETS:
+            known = ", ".join(map(repr, PRESETS))
+            hint = nearest(name, PRESETS)
+            raise SchemeError(f"there is no scheme {name!r}; use one of {known}.{hint}")
+        return PRESETS[name]
 
     @staticmethod
     def presets() -> tuple[str, ...]:
         """Returns the names of all presets."""
-        return tuple(_PRESETS)
+        from ._presets import PRESETS
 
-    def linear(self, name: str) -> ModuleSpec | None:
+        return tuple(PRESETS)
+
+    def rule_for(self, name: str) -> Rule | None:
+        """Returns the rule that decides about the module called ``name``, if there is one."""
+        return next((rule for rule in self.rules if rule.matches(name)), None)
+
+    def linear(self, name: str, kind: _Product = "linear") -> ModuleSpec | None:
         """Returns how the Linear called ``name`` is quantized, ``None`` for not at all."""
-        weight, input = self.weight, self.input
-        for rule in self.rules:
-            if rule.matches(name):
-                if rule.weight is None:
-                    return None
-                weight, input = rule.weight, rule.input
-                break
-        return ModuleSpec(kind="linear", weight=weight, input=input, arithmetic=self.arithmetic)
+        if self.rule_for(name) is not None:
+            return self.by_rule(name, kind)
+        return self._product(kind, self.weight, self.input)
 
     def word_embedding(self, name: str) -> ModuleSpec | None:
         """Returns how the embedding called ``name`` is quantized, ``None`` for not at all."""
-        for rule in self.rules:
-            if rule.matches(name):
-                weight = rule.weight
-                return None if weight is None else ModuleSpec(kind="embedding", weight=weight)
-        if self.embedding is None:
+        rule = self.rule_for(name)
+        weight = self.embedding if rule is None else rule.weight
+        return None if weight is None else ModuleSpec(kind="embedding", weight=weight)
+
+    def by_rule(self, name: str, kind: _Product) -> ModuleSpec | None:
+        """Returns how a module that only a rule can quantize is, ``None`` for not at all."""
+        rule = self.rule_for(name)
+        if rule is None or rule.weight is None:
             return None
-        return ModuleSpec(kind="embedding", weight=self.embedding)
+        return self._product(kind, rule.weight, rule.input)
 
-
-def _per_token(name: str, kind: str, bits: int) -> Scheme:
-    token = ActivationSpec(bits=bits)
-    attention = AttentionSpec(
-        query=token,
-        key=token,
-        value=token,
-        attention_map=ActivationSpec(bits=bits, signed=False),
-    )
-    weight = WeightSpec(kind=kind)
-    return Scheme(name=name, weight=weight, input=token, embedding=weight, attention=attention)
-
-
-def _reference() -> Scheme:
-    clip = 2.5
-    tensor = ActivationSpec(granularity="tensor", clip=clip, reciprocal=True)
-    return Scheme(
-        name="reference",
-        weight=WeightSpec(kind="ternary", granularity="tensor", clip=clip),
-        input=tensor,
-        embedding=WeightSpec(kind="ternary", granularity="row", clip=clip),
-        attention=AttentionSpec(query=tensor, key=tensor, value=tensor, attention_map=tensor),
-        arithmetic="float",
-    )
-
-
-_PRESETS: dict[str, Scheme] = {
-    "ternary-a8": _per_token("ternary-a8", "ternary", 8),
-    "ternary-a4": _per_token("ternary-a4", "ternary", 4),
-    "binary-a8": _per_token("binary-a8", "binary", 8),
-    "binary-a4": _per_token("binary-a4", "binary", 4),
-    "w2-a8": _per_token("w2-a8", "four-level", 8),
-    "reference": _reference(),
-}
+    def _product(
+        self, kind: _Product, weight: WeightSpec, input: ActivationSpec | None
+    ) -> ModuleSpec:
+        return ModuleSpec(kind=kind, weight=weight, input=input, arithmetic=self.arithmetic)

@@ -136,3 +136,20 @@ def test_predictions_of_tokens_are_compared_at_real_tokens() -> None:
     batch = make_batch(4, 7)
     step = tutelage.Distiller(student, teacher).step(inputs_of(batch))
     assert step.values["logits"].count == batch["attention_mask"].sum()
+
+
+@pytest.mark.parametrize("stage", ["none", "attention_output"])
+def test_parts_of_a_batch_of_questions_add_up(stage: str) -> None:
+    teacher = BertForQuestionAnswering(tiny_config("bert", labels=2, dropout=0.0))
+    redraw(teacher)
+    student: Any = BertForQuestionAnswering(teacher.config)
+    student.load_state_dict(teacher.state_dict())
+    tutelage.prepare(student, tutelage.Scheme.preset("ternary-a8"))
+    distiller = tutelage.Distiller(student, teacher)
+    batch = inputs_of(make_batch(5, 7))
+    parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(2), slice(2, 5))]
+    counts = distiller.counts(parts, stage)
+    assert counts["logits"] == 10
+    shares = [distiller.step(part, stage, counts=counts).shares["logits"] for part in parts]
+    whole = distiller.step(batch, stage).terms["logits"]
+    assert sum(shares).item() == pytest.approx(whole.item(), rel=1e-5)

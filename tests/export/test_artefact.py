@@ -30,6 +30,7 @@ from helpers import (
 )
 from tutelage.errors import ArtefactError, UnsupportedModelError
 from tutelage.export import pack_state_dict, weight_bytes, write_artefact
+from tutelage.export._huggingface import FORMAT_VERSION
 from tutelage.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -159,7 +160,7 @@ class TestRoundTrip:
         config = json.loads((folder / "config.json").read_text())
         stored = config["quantization_config"]
         assert stored["quant_method"] == "tutelage"
-        assert stored["version"] == 1
+        assert stored["version"] == FORMAT_VERSION
         assert tutelage.Scheme(**stored["scheme"]) == tutelage.Scheme.preset(preset)
         modules = tutelage._prepare.prepared(student).modules
         assert stored["modules"].keys() == modules.keys()

@@ -179,7 +179,7 @@ def _forget(config: dict[str, Any]) -> None:
 
 
 def _later(config: dict[str, Any]) -> None:
-    config["quantization_config"]["version"] = 2
+    config["quantization_config"]["version"] = 3
 
 
 def _unquantize(config: dict[str, Any]) -> None:
@@ -188,6 +188,20 @@ def _unquantize(config: dict[str, Any]) -> None:
 
 def _rename(config: dict[str, Any]) -> None:
     config["architectures"] = ["BertForPoetry"]
+
+
+def test_a_file_of_the_first_version_still_loads(original: Path, folder: Path) -> None:
+    edit_config(folder, lambda config: config["quantization_config"].update(version=1))
+    digest_of = config_digest(json.loads((folder / "config.json").read_text()))
+
+    def change(_: Any, metadata: dict[str, Any]) -> None:
+        record = json.loads(metadata[METADATA_KEY])
+        metadata[METADATA_KEY] = json.dumps(record | {"config": digest_of})
+
+    edit_tensors(folder, change)
+    want, got = (tutelage.load(where).state_dict() for where in (original, folder))
+    assert want.keys() == got.keys()
+    assert all(same_bits(got[name], tensor) for name, tensor in want.items())
 
 
 class TestConfig:
@@ -200,7 +214,7 @@ class TestConfig:
             pytest.param(_requantize, "is not the one that", id="other-quantizer"),
             pytest.param(_coarsen, "is not the one that", id="other-bits"),
             pytest.param(_forget, "is not the one that", id="module-removed"),
-            pytest.param(_later, "version 2 of the packed format", id="later-version"),
+            pytest.param(_later, r"version 3 of.*save the model again", id="later-version"),
             pytest.param(_unquantize, "is no packed model", id="no-quantization-config"),
             pytest.param(_rename, "'BertForPoetry', which is no model", id="unknown-class"),
         ],

@@ -16,7 +16,13 @@ import tutelage
 import tutelage.export._artefact as artefact
 from helpers import logits_of, make_batch, make_student, make_tokenizer
 from tutelage.errors import ArtefactError, OutputExistsError
-from tutelage.export import refuse_existing, staged_directory, write_artefact, write_text
+from tutelage.export import (
+    refuse_existing,
+    staged_directory,
+    write_artefact,
+    write_failures_as_os_error,
+    write_text,
+)
 from tutelage.export._files import staged_files
 
 
@@ -276,3 +282,15 @@ def test_write_artefact_adds_to_a_folder_that_holds_other_files(tmp_path: Path) 
     assert "0.5000" in (tmp_path / "README.md").read_text()
     loaded = tutelage.load(tmp_path)
     assert logits_of(loaded, make_batch()).equal(logits_of(student, make_batch()))
+
+
+def test_a_failure_of_safetensors_to_write_is_an_artefact_error(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    with (
+        pytest.raises(ArtefactError, match=r"No space left.*nothing was left behind"),
+        staged_directory(tmp_path / "out"),
+        write_failures_as_os_error(),
+    ):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert not list(tmp_path.iterdir())

@@ -13,10 +13,6 @@ from transformers import (
     AlbertModel,
     BertConfig,
     BertModel,
-    DebertaV2Config,
-    DebertaV2Model,
-    GPT2Config,
-    GPT2Model,
     PretrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -136,7 +132,7 @@ def test_discover_leaves_no_trace_when_the_model_fails() -> None:
         raise RuntimeError("boom")
 
     hook = bomb.register_forward_pre_hook(explode)
-    with pytest.raises(RuntimeError, match="boom"):
+    with pytest.raises(UnsupportedModelError, match=r"synthesized input \(input_ids.*boom"):
         discover(model)
     hook.remove()
     assert hooks_of(model) == {}
@@ -204,22 +200,6 @@ def test_a_model_without_attention_is_refused() -> None:
     assert hooks_of(model) == {}
 
 
-def test_a_model_outside_the_attention_interface_is_refused() -> None:
-    config = DebertaV2Config(
-        vocab_size=48,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=64,
-    )
-    model = DebertaV2Model(config)
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match=r"DebertaV2Model does not dispatch"):
-        discover(model)
-    assert model.config._attn_implementation == before
-    assert hooks_of(model) == {}
-
-
 def test_a_bare_module_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="pass a PreTrainedModel"):
         discover(nn.Linear(2, 2))
@@ -227,8 +207,8 @@ def test_a_bare_module_is_refused() -> None:
 
 def test_an_unknown_main_input_is_refused() -> None:
     model = tiny("bert")
-    model.main_input_name = "input_features"
-    with pytest.raises(UnsupportedModelError, match="'input_features' as its main input"):
+    model.main_input_name = "input_values"
+    with pytest.raises(UnsupportedModelError, match="'input_values' as its main input"):
         synthesize_inputs(model)
 
 
@@ -247,22 +227,6 @@ def test_an_image_model_is_traced_by_its_pixels() -> None:
     assert [b.output for b in blocks] == [f"layers.{i}.attention.o_proj" for i in range(2)]
     assert blocks[0].ffn == ("layers.0.mlp.fc1", "layers.0.mlp.fc2")
     assert torch.equal(torch.get_rng_state(), random)
-
-
-def test_a_block_without_linears_is_refused() -> None:
-    config = GPT2Config(
-        vocab_size=48,
-        n_embd=32,
-        n_layer=1,
-        n_head=4,
-        n_positions=16,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    with pytest.raises(
-        SiteError, match=r"output projection of 'h\.0\.attn' was not found: no Linear"
-    ):
-        discover(GPT2Model(config))
 
 
 def test_a_block_without_feed_forward_layers_is_refused() -> None:

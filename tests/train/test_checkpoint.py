@@ -115,6 +115,18 @@ def test_resuming_with_accumulation_and_evaluation(tmp_path: Path) -> None:
         assert differing(found, expected) == [], f"resumed at {step}"
 
 
+def test_resuming_in_bf16(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"schedule": Schedule.gradual(6), "bf16": True, **_EVERY_STEP}
+    expected = _final(trainer_for(tmp_path, **settings))
+    for step in (1, 5, 6, 7):
+        torch.manual_seed(step)
+        resumed = trainer_for(tmp_path / "other", **settings)
+        found = _final(resumed, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert differing(found, expected) == [], f"resumed at {step}"
+    stored = load_file(tmp_path / "checkpoint-9" / "latent.safetensors")
+    assert not any(tensor.dtype == torch.bfloat16 for tensor in stored.values())
+
+
 def test_the_default_schedule_resumes(tmp_path: Path) -> None:
     expected = _final(trainer_for(tmp_path, **_EVERY_STEP))
     resumed = trainer_for(tmp_path / "other", **_EVERY_STEP)
@@ -361,6 +373,7 @@ _OTHER: dict[str, dict[str, Any]] = {
     "batch": {"per_device_train_batch_size": 8},
     "accumulation": {"gradient_accumulation_steps": 2},
     "seed": {"seed": 7},
+    "precision": {"bf16": True},
     "dropout": {"dropout": False},
     "warmup": {"warmup_steps": 0.5},
     "weight_decay": {"weight_decay": 0.5},
@@ -380,6 +393,16 @@ def test_another_run_is_refused(run: Path, tmp_path: Path, changed: str) -> None
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     if changed != "max_steps":  # known only when the data loader is
         assert differing(before, weights_of(trainer.model)) == []
+
+
+def test_a_checkpoint_from_before_precision_was_noted_is_of_float32(own_run: Path) -> None:
+    manifest = own_run / "checkpoint-6" / "tutelage_checkpoint.json"
+    content = json.loads(manifest.read_text())
+    assert content["run"].pop("precision") == "no"
+    manifest.write_text(json.dumps(content))
+    _checkpoint.refuse_other_run(own_run / "checkpoint-6", {"precision": "no"})
+    with pytest.raises(CheckpointError, match="precision = 'no', now it is 'bf16'"):
+        _checkpoint.refuse_other_run(own_run / "checkpoint-6", {"precision": "bf16"})
 
 
 def test_the_newest_complete_checkpoint_is_taken(

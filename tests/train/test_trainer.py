@@ -342,7 +342,9 @@ def test_gradient_accumulation(tmp_path: Path) -> None:
     real = trainer._step.accumulate
 
     def accumulate(*args: Any, **options: Any) -> Any:
-        assert options["divisor"] == 3
+        assert options["counts"].keys() == {
+            w.term.name for w in trainer.distiller.losses.at(args[1])
+        }
         out = real(*args, **options)
         seen.append(out["loss"].item())
         return out
@@ -380,6 +382,39 @@ def test_accumulating_whole_batches_equals_one_large_batch(tmp_path: Path) -> No
         results.append(weights_of(trainer.model))
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_accumulating_parts_of_unequal_length_equals_one_large_batch(tmp_path: Path) -> None:
+    # Each micro-batch is as long as its longest sentence, as padding by a collator makes it; the
+    # last step of an epoch has fewer of them.
+    def collate(samples: list[Any]) -> dict[str, Tensor]:
+        batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+        length = int(batch["attention_mask"].sum(-1).max())
+        return {k: v[:, :length] if v.dim() == 2 else v for k, v in batch.items()}
+
+    results, logs = [], []
+    for size, parts in ((8, 1), (2, 4)):
+        trainer = trainer_for(
+            tmp_path / str(parts),
+            schedule=Schedule.gradual(6),
+            max_steps=8,
+            rate=0.0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            qat_optimizer="bert_adam",
+            logging_strategy="steps",
+            logging_steps=2,
+        )
+        trainer.train_dataset = [row for row in rows(20) if row["attention_mask"].sum() > 1]
+        trainer.data_collator = collate
+        trainer.train()
+        results.append(weights_of(trainer.model))
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], atol=1e-5, rtol=1e-4)
+    for one, other in zip(*logs, strict=True):
+        for key in one.keys() - {"epoch"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-9), key
 
 
 def test_training_leaves_nothing_on_the_models(tmp_path: Path) -> None:
@@ -635,14 +670,62 @@ def test_sample_ids_do_no_harm_in_evaluation(tmp_path: Path, family: str) -> Non
 # Precision.
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
-def test_mixed_precision_is_refused(tmp_path: Path, kind: str) -> None:
-    # Products of integers would be rounded: what is trained would not be what is shipped.
+@pytest.mark.parametrize("kind", ["fp16", "fp16_full_eval", "bf16_full_eval"])
+def test_float16_and_rounded_latent_weights_are_refused(tmp_path: Path, kind: str) -> None:
     student, teacher = pair("bert")
     args = QATArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     setattr(args, kind, True)
-    with pytest.raises(UnsupportedModelError, match=r"trains in float32.*leave out bf16 and fp16"):
+    with pytest.raises(UnsupportedModelError, match=r"or with bf16=True; leave out fp16"):
         QATTrainer(student, teacher, args=args, train_dataset=rows())
+
+
+def test_bf16_is_close_to_float32(tmp_path: Path) -> None:
+    results: dict[bool, list[float]] = {}
+    for bf16 in (False, True):
+        trainer = trainer_for(
+            tmp_path / str(bf16),
+            schedule=Schedule.gradual(6),
+            rate=0.0,
+            bf16=bf16,
+            gradient_accumulation_steps=2,
+            logging_strategy="steps",
+            logging_steps=1,
+            eval_rows=6,
+        )
+        dtypes: set[torch.dtype] = set()
+
+        def note(module: Any, args: Any, out: Tensor, dtypes: set[torch.dtype] = dtypes) -> None:
+            dtypes.add(out.dtype)
+
+        teacher = trainer.distiller.teacher.model
+        for model in (trainer.model, teacher):
+            model.bert.encoder.layer[0].output.dense.register_forward_hook(note)
+        trainer.train()
+        assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+        assert all(
+            value.dtype == torch.float32
+            for state in trainer.optimizer.state.values()
+            for value in state.values()
+        )
+        results[bf16] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+        assert np.isfinite(trainer.evaluate()["eval_loss"])
+    assert results[True] != results[False]
+    assert results[True] == pytest.approx(results[False], rel=0.1)
+
+
+def test_bf16_saves_what_float32_would(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / "run", bf16=True, max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    tutelage.save(copy.deepcopy(trainer.model), tmp_path / "again")
+    batch = {k: v for k, v in make_batch(5, 9, seed=3).items() if k != "labels"}
+    plain = pair("bert")[0]
+    plain.load_state_dict(trainer.model.state_dict())
+    with torch.no_grad():
+        expected = plain.eval()(**batch).logits
+        assert torch.equal(tutelage.load(tmp_path / "out")(**batch).logits, expected)
+        assert torch.equal(tutelage.load(tmp_path / "again")(**batch).logits, expected)
 
 
 # Refusals.

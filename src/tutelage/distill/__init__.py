@@ -1,6 +1,7 @@
 """Distillation: the step, its losses, and where the teacher's signals come from."""
 
 from . import losses as losses
+from ._context import BatchItems as BatchItems
 from ._context import LossValue as LossValue
 from ._context import StepContext as StepContext
 from ._distiller import SAMPLE_IDS as SAMPLE_IDS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._prepare import prepared
-from ..errors import IncompatibleTeacherError, UnsupportedModelError
+from ..errors import IncompatibleTeacherError, RecipeError, UnsupportedModelError
 from ..intervention import NO_INTERVENTION, Intervention, intervention
 from ..sites import Signals, Site, Tap
 from . import losses as _losses
 from ._context import LossValue, StepContext
+from ._distributed import wrapped_forward
+from ._items import ItemReader, read_inputs, refuse_other_items
 from ._teacher import LiveTeacher, TeacherSource, prediction
-from .losses import Losses
+from .losses import Losses, WeightedTerm
 
 __all__ = ["SAMPLE_IDS", "Distiller", "StepOutput"]
 
@@ -30,8 +32,11 @@ class StepOutput:
     """What one step gives.
 
     Attributes:
-        loss: Weighted sum of the terms, 0-dim, with gradient.
-        terms: Unweighted mean of every term by name.
+        loss: Weighted sum of the shares, 0-dim, with gradient.
+        terms: Unweighted mean of every term by name, over the items of this batch.
+        shares: Unweighted share of this batch in every term of the optimizer step: the sum over
+            its items divided by the items of the whole step; equal to ``terms`` unless ``counts``
+            were given.
         values: Every term as (sum, count).
         student_logits: (*positions, classes), with gradient; the last hidden state of a model
             without logits.
@@ -40,6 +45,7 @@ class StepOutput:
 
     loss: Float[Tensor, ""]
     terms: Mapping[str, Tensor]
+    shares: Mapping[str, Tensor]
     values: Mapping[str, LossValue]
     student_logits: Tensor
     teacher_logits: Tensor
@@ -70,6 +76,7 @@ class Distiller:
         Raises:
             UnsupportedModelError: The student was not prepared, or is frozen.
             IncompatibleTeacherError: Shapes differ, or parameters are shared.
+            SiteError: A loss term needs a signal that is out of reach.
         """
         state = prepared(student)
         if state is None:
@@ -88,8 +95,9 @@ class Distiller:
             teacher = LiveTeacher(teacher)
         self.student = student
         self.teacher: TeacherSource = teacher
-        self.losses = losses if losses is not None else _losses.default()
         self._sites = state.sites
+        self.losses = (losses if losses is not None else _losses.default()).fitted(self._sites)
+        self._read = ItemReader(teacher, self._sites)
         _refuse_other_shape(self._sites.shape(), teacher.sites.shape())
 
     def step(
@@ -99,39 +107,48 @@ class Distiller:
         *,
         progress: Tensor | None = None,
         model: nn.Module | None = None,
+        counts: Mapping[str, Tensor | int] | None = None,
     ) -> StepOutput:
         """Runs teacher and student on a batch and compares them.
 
         Training and eval mode of the student are left as they are; the stage holds in both. No
-        value is moved to the host.
+        value is moved to the host. Under ``torch.autocast`` to bfloat16 teacher and student run in
+        it; quantized products, softmax and losses are computed in float32 all the same.
 
         Args:
             batch: Keyword arguments of the student's forward; ``labels`` are used only by a loss
                 term that asks for them, ``SAMPLE_IDS`` only by the teacher.
             stage: Name of the stage, see ``tutelage.intervention.stages``.
             progress: Part of training that is over, 0 to 1, a 0-dim tensor on the device.
-            model: What is called in place of the student, such as its DDP wrapper.
+            model: What is called in place of the student, such as its DDP wrapper. A student that
+                went through ``fully_shard`` is called itself.
+            counts: Number of items of every term in the whole optimizer step, of which this batch
+                is a part, see ``counts``; by default those of this batch.
 
         Returns:
             Loss, terms and logits.
 
         Raises:
             IncompatibleTeacherError: The logits of the two differ in shape.
-            UnsupportedModelError: The student recomputes activations in the backward pass, or
-                autocast is on.
+            DataError: The batch holds other items than were counted before the forward pass.
+            UnsupportedModelError: The student recomputes activations with the reentrant form of
+                gradient checkpointing, or autocast to float16 is on.
             RecipeError: The stage is unknown or would leave the attention without gradient.
         """
         active = intervention(stage)
-        terms = self.losses.at(stage)
-        self._refuse_checkpointing()
-        self._refuse_autocast()
+        terms = self.losses.at(stage, self._sites)
+        self._refuse_float16()
         inputs = dict(batch)
-        keys, labels = inputs.pop(SAMPLE_IDS, None), inputs.pop("labels", None)
+        keys = inputs.pop(SAMPLE_IDS, None)
+        given = read_inputs(inputs, self.student)
+        labels = _labels(given.labels, terms)
         sites: set[Site] = {site for weighted in terms for site in weighted.term.requires}
-        want = sites | ({active.site} if active else set())
-        teacher_logits, teacher = self.teacher.get(inputs, keys, want)
-        with self._tap(sites, active, teacher, progress) as tap:
-            output = (model or self.student)(**inputs)
+        want = sites.union(self._replaced(active))
+        teacher_logits, teacher = self.teacher.get(given.inputs, keys, want)
+        tap = self._tap(sites, active, teacher, progress)
+        model = self.student if model is None else model
+        with tap, wrapped_forward(self.student, model, tap) as unwrap:
+            output = unwrap(model(**given.inputs))
         student_logits, has_logits = prediction(output)
         if student_logits.shape != teacher_logits.shape:
             raise IncompatibleTeacherError(
@@ -139,36 +156,93 @@ class Distiller:
                 f"{tuple(teacher_logits.shape)}; fine-tune the teacher for this task first."
             )
         context = StepContext(
-            student=tap.signals(),
-            teacher=teacher,
-            student_logits=student_logits,
-            teacher_logits=teacher_logits,
+            student=_float32(tap.signals()),
+            teacher=_float32(teacher),
+            student_logits=_full(student_logits),
+            teacher_logits=_full(teacher_logits),
             has_logits=has_logits,
-            token_mask=_token_mask(inputs),
-            labels=labels if any(weighted.term.needs_labels for weighted in terms) else None,
+            token_mask=given.token_mask,
+            labels=labels,
             stage=stage,
             progress=progress,
+            decoder_mask=given.decoder_mask,
+            token_ids=given.token_ids,
+            sites=self._sites,
         )
-        values = {weighted.term.name: weighted.term(context) for weighted in terms}
-        means = {name: value.sum / value.count for name, value in values.items()}
-        loss = torch.stack([means[w.term.name] * w.weight for w in terms]).sum()
-        return StepOutput(loss, means, values, student_logits, teacher_logits)
+        if counts is not None:
+            refuse_other_items(self._read(given, keys, labels), context.items)
+        with torch.autocast(self._device.type, enabled=False):
+            values = {weighted.term.name: weighted.term(context) for weighted in terms}
+        means = shares = {name: value.sum / value.count for name, value in values.items()}
+        if counts is not None:
+            shares = {name: value.sum / counts[name] for name, value in values.items()}
+        loss = torch.stack([shares[w.term.name] * w.weight for w in terms]).sum()
+        return StepOutput(loss, means, shares, values, student_logits, teacher_logits)
 
-    def _refuse_checkpointing(self) -> None:
-        # The recomputation would run without the intervention and its stop-gradients.
-        if any(getattr(m, "gradient_checkpointing", False) for m in self.student.modules()):
+    def counts(
+        self, batches: Iterable[Mapping[str, Any]], stage: str = NO_INTERVENTION
+    ) -> dict[str, Tensor | int]:
+        """Counts the items of every loss term in the micro-batches of one optimizer step.
+
+        With them the gradients of ``step(batch, stage, counts=counts)``, added up over the
+        batches, are those of one batch that holds all samples: a term is the sum over all items
+        divided by their number, however unequal the parts. Nothing is moved to the host.
+
+        Args:
+            batches: The micro-batches, as ``step`` takes them.
+            stage: Name of the stage.
+
+        Returns:
+            The number of items by name of the term: 0-dim integer tensors, or plain numbers.
+
+        Raises:
+            DataError: A batch holds no tensor.
+            RecipeError: A loss term does not count.
+            UnsupportedModelError: The predictions are neither per sample nor per token.
+        """
+        terms = self.losses.at(stage, self._sites)
+        for weighted in terms:
+            if not callable(getattr(weighted.term, "count", None)):
+                raise RecipeError(
+                    f"the loss term {weighted.term.name!r} cannot be split over micro-batches or "
+                    "processes; give it a method count(items), see LossTerm."
+                )
+        totals: dict[str, Tensor | int] = {weighted.term.name: 0 for weighted in terms}
+        for batch in batches:
+            inputs = dict(batch)
+            keys = inputs.pop(SAMPLE_IDS, None)
+            given = read_inputs(inputs, self.student)
+            items = self._read(given, keys, _labels(given.labels, terms))
+            for weighted in terms:
+                name = weighted.term.name
+                totals[name] = totals[name] + weighted.term.count(items)
+        return totals
+
+    def _refuse_float16(self) -> None:
+        device = self._device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             raise UnsupportedModelError(
-                "gradient checkpointing is not supported in a distillation step; call "
-                "student.gradient_checkpointing_disable()."
+                "autocast to float16 loses small gradients without a GradScaler, which a "
+                "distillation step does not use; take torch.bfloat16."
             )
 
-    def _refuse_autocast(self) -> None:
-        device = next(self.student.parameters()).device
-        if torch.is_autocast_enabled(device.type):
-            raise UnsupportedModelError(
-                "a distillation step runs in float32: autocast would round integer products; "
-                "leave the autocast context."
-            )
+    def _replaced(self, active: Intervention | None) -> list[Site]:
+        """Returns the site that a stage replaces in every block.
+
+        Cross-attention keeps its value path in every stage: it is the decoder's only way to the
+        encoder, which would learn nothing from the task were its context replaced.
+        """
+        if active is None:
+            return []
+        cut = active.site in ("context", "attention_output")
+        return [
+            "attention_map" if cut and block.kind == "cross" else active.site
+            for block in self._sites.blocks
+        ]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.student.parameters()).device
 
     def _tap(
         self,
@@ -179,24 +253,34 @@ class Distiller:
     ) -> Tap:
         if active is None:
             return Tap(self.student, self._sites, record)
-        signal, stage = teacher[active.site], active
+        stage, sites = active, self._replaced(active)
+        found = {
+            site: dict(zip(self._sites.at(site), teacher[site], strict=True)) for site in sites
+        }
 
         def replacement(own: Tensor, index: int) -> Tensor:
-            return stage(own, signal[index], progress)
+            return stage(own, found[sites[index]][index], progress)
 
         return Tap(
             self.student,
             self._sites,
             record,
-            replace=active.site,
+            replace=sites,
             with_=replacement,
-            detach=active.detach,
+            detach=[stage.detach if site == stage.site else ("query", "key") for site in sites],
         )
 
 
-def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
-    mask = inputs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def _labels(labels: Tensor | None, terms: tuple[WeightedTerm, ...]) -> Tensor | None:
+    return labels if any(weighted.term.needs_labels for weighted in terms) else None
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _float32(signals: Signals) -> Signals:
+    return {site: tuple(_full(tensor) for tensor in found) for site, found in signals.items()}
 
 
 def _refuse_shared(student: nn.Module, teacher: nn.Module) -> None:

@@ -7,6 +7,8 @@ error; the default terms take the mean over real tokens, the reference ones over
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..sites import Site
-from ._context import LossValue, StepContext
+from ._context import BatchItems, LossValue, StepContext
 
 __all__ = [
     "AttentionMapKL",
@@ -50,6 +52,10 @@ class LossTerm(Protocol):
     @property
     def needs_labels(self) -> bool:
         """Whether labels are used."""
+        ...
+
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of items in a batch, without its values: the count of the result."""
         ...
 
     def __call__(self, context: StepContext) -> LossValue:
@@ -94,6 +100,40 @@ def _real_tokens(logits: Tensor, tokens: Bool[Tensor, "batch tokens"]) -> Tensor
     return logits.masked_fill(~tokens.unsqueeze(1), torch.finfo(logits.dtype).min)
 
 
+def _weighing(
+    items: BatchItems, mask: Tensor | None, shape: Sequence[int]
+) -> tuple[Tensor | None, float]:
+    """Returns what differences are multiplied by, and what the sum of their squares is divided by.
+
+    Args:
+        items: The batch's items.
+        mask: Positions that count, of ``shape``; ``None`` for all.
+        shape: (batch or windows, positions...).
+    """
+    if not items.per_sample:
+        return mask, 1.0
+    if mask is None:
+        return None, math.prod(shape) / items.rows
+    counted = mask.reshape(mask.shape[0], -1).sum(1).clamp(min=1)
+    roots = counted.to(torch.float32).rsqrt().reshape(-1, *[1] * (mask.dim() - 1))
+    return mask * roots, 1.0
+
+
+def _pairs(
+    scores: Tensor, queries: Tensor | None, keys: Tensor | None, causal: bool
+) -> Tensor | None:
+    """Returns which (query, key) pairs count, (batch, queries, keys); ``None`` for all."""
+    batch, rows, columns = scores.shape[0], scores.shape[-2], scores.shape[-1]
+    if queries is None and keys is None and not causal:
+        return None
+    mask = torch.ones(batch, rows, columns, dtype=torch.bool, device=scores.device)
+    if queries is not None:
+        mask = mask & queries[:, :, None]
+    if keys is not None:
+        mask = mask & keys[:, None, :]
+    return mask.tril() if causal else mask
+
+
 class Logits:
     """Soft cross-entropy of the student under the teacher's prediction, temperature 1.
 
@@ -117,15 +157,20 @@ class Logits:
         """
         self.entropy = entropy
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of predictions."""
+        return items.predictions()
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over the predictions and their number."""
         student, teacher = context.student_logits.float(), context.teacher_logits.float()
-        tokens = context.token_mask
+        items = context.items
+        tokens = items.prediction_mask
         if tokens is not None and _over_tokens(student, tokens):
             student, teacher = _real_tokens(student, tokens), _real_tokens(teacher, tokens)
         if tokens is not None and student.shape[:-1] != tokens.shape:
             tokens = None
-        count = student.shape[:-1].numel() if tokens is None else tokens.sum()
+        count = self.count(items)
         if student.shape[-1] == 1 or not context.has_logits:
             mask = None if tokens is None else _floats(tokens, student).unsqueeze(-1)
             return LossValue(_squared_error(student, teacher, mask) / student.shape[-1], count)
@@ -157,6 +202,16 @@ class LabelCrossEntropy:
         """
         self.shift = shift
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of predictions, of those per token only where a label counts."""
+        labels = items.labels
+        if len(items.positions) == 1 or labels is None:
+            return math.prod(items.positions)
+        return (self._shifted(labels) != -100).sum()
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        return labels[:, 1:] if self.shift else labels
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over the labels and their number."""
         labels, tokens = context.labels, context.token_mask
@@ -165,7 +220,7 @@ class LabelCrossEntropy:
         logits = context.student_logits.float()
         if logits.shape[-1] == 1:
             target = labels.reshape(logits.shape).to(logits.dtype)
-            return LossValue(_squared_error(logits, target, None), logits.numel())
+            return LossValue(_squared_error(logits, target, None), self.count(context.items))
         if tokens is not None and _over_tokens(logits, tokens):
             logits = _real_tokens(logits, tokens)
         elif logits.dim() == 3 and labels.shape == logits.shape[:2]:
@@ -175,18 +230,19 @@ class LabelCrossEntropy:
                     "the one before; use LabelCrossEntropy(shift=True) for a causal language "
                     "model, else LabelCrossEntropy(shift=False)."
                 )
-            if self.shift:
-                logits, labels = logits[:, :-1], labels[:, 1:]
-        if logits.dim() == 2:
-            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            return LossValue(loss, logits.shape[0])
+            logits = logits[:, :-1] if self.shift else logits
+            labels = self._shifted(labels)
         flat, target = logits.flatten(0, -2), labels.flatten()
         loss = torch.nn.functional.cross_entropy(flat, target, reduction="sum")
-        return LossValue(loss, (target != -100).sum())
+        return LossValue(loss, self.count(context.items))
 
 
 class SignalMSE:
-    """Sum over blocks of the mean squared error of one signal of shape (batch, tokens, width)."""
+    """Sum over blocks of the mean squared error of one signal of shape (batch, tokens, width).
+
+    The mean is over the real tokens of the batch; see ``BatchItems.per_sample`` for the models
+    whose signals do not all count the same tokens.
+    """
 
     needs_labels = False
 
@@ -206,17 +262,21 @@ class SignalMSE:
         self.masked = masked
         self.requires: tuple[Site, ...] = ("embeddings", site) if embeddings else (site,)
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of tokens."""
+        return items.real_tokens(masked=self.masked)
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over blocks and tokens of the mean over the width, and the tokens."""
         own = [t for site in self.requires for t in context.student[site]]
         other = [t for site in self.requires for t in context.teacher[site]]
-        token_mask = context.token_mask if self.masked else None
-        mask = None if token_mask is None else _floats(token_mask, own[0]).unsqueeze(-1)
-        total = torch.stack(
-            [_squared_error(s, t, mask) / s.shape[-1] for s, t in zip(own, other, strict=True)]
-        ).sum()
-        count = own[0].shape[:-1].numel() if token_mask is None else token_mask.sum()
-        return LossValue(total, count)
+        masks = [m for site in self.requires for m in context.masks(site)]
+        items, total = context.items, []
+        for s, t, mask in zip(own, other, masks, strict=True):
+            weight, divisor = _weighing(items, mask if self.masked else None, s.shape[:-1])
+            shaped = None if weight is None else weight.to(s.dtype).unsqueeze(-1)
+            total.append(_squared_error(s, t, shaped) / (s.shape[-1] * divisor))
+        return LossValue(torch.stack(total).sum(), self.count(items))
 
 
 class AttentionScores:
@@ -239,22 +299,34 @@ class AttentionScores:
         """
         self.masked = masked
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of pairs of a query and a key."""
+        return items.real_pairs(masked=self.masked)
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over blocks and pairs of the mean over the heads, and the pairs."""
         own, other = context.student["attention_scores"], context.teacher["attention_scores"]
-        tokens, mask = context.token_mask, None
-        pairs: Tensor | int = own[0].shape[0] * own[0].shape[-2] * own[0].shape[-1]
-        if tokens is not None:
-            mask = _floats(tokens[:, None, None, :], own[0])
-            if self.masked:
-                mask = mask * _floats(tokens[:, None, :, None], own[0])
-                pairs = mask.sum()
-        total = []
-        for s, t in zip(own, other, strict=True):
+        items, total = context.items, []
+        queries = context.masks("attention_scores")
+        keys = context.masks("attention_scores", keys=True)
+        blocks = context.causal_blocks()
+        for s, t, q, k, causal in zip(own, other, queries, keys, blocks, strict=True):
             if not self.masked:
                 s, t = s.masked_fill(s <= -100.0, 0.0), t.masked_fill(t <= -100.0, 0.0)
-            total.append(_squared_error(s, t, mask) / s.shape[1])
-        return LossValue(torch.stack(total).sum(), pairs)
+                total.append(self._published(s, t, k, items))
+                continue
+            pairs = _pairs(s, q, k, causal)
+            weight, divisor = _weighing(items, pairs, (s.shape[0], *s.shape[-2:]))
+            shaped = None if weight is None else weight.to(s.dtype).unsqueeze(-3)
+            total.append(_squared_error(s, t, shaped) / (s.shape[1] * divisor))
+        return LossValue(torch.stack(total).sum(), self.count(items))
+
+    def _published(
+        self, own: Tensor, other: Tensor, keys: Tensor | None, items: BatchItems
+    ) -> Tensor:
+        weight = None if keys is None else _floats(keys[:, None, None, :], own)
+        everywhere = own[0, 0].numel() * own.shape[0] / items.rows if items.per_sample else 1.0
+        return _squared_error(own, other, weight) / (own.shape[1] * everywhere)
 
 
 class AttentionMapKL:
@@ -268,16 +340,20 @@ class AttentionMapKL:
     requires: tuple[Site, ...] = ("attention_map",)
     needs_labels = False
 
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of queries."""
+        return items.real_tokens()
+
     def __call__(self, context: StepContext) -> LossValue:
         """Returns the sum over blocks and queries of the mean over the heads, and the queries."""
         own, other = context.student["attention_map"], context.teacher["attention_map"]
-        tokens = context.token_mask
-        total = []
-        for s, t in zip(own, other, strict=True):
+        items, total = context.items, []
+        for s, t, mask in zip(own, other, context.masks("attention_map"), strict=True):
             t = t.clamp(min=1e-8)
             divergence = (t * (t.log() - s.clamp(min=1e-8).log())).sum(-1).mean(1)
-            if tokens is not None:
-                divergence = divergence * _floats(tokens, divergence)
-            total.append(divergence.sum())
-        count = own[0].shape[0] * own[0].shape[-2] if tokens is None else tokens.sum()
-        return LossValue(torch.stack(total).sum(), count)
+            weight, divisor = _weighing(items, mask, divergence.shape)
+            if weight is not None:
+                # _weighing is for squared errors, whose difference it multiplies.
+                divergence = divergence * weight.to(divergence.dtype).square()
+            total.append(divergence.sum() / divisor)
+        return LossValue(torch.stack(total).sum(), self.count(items))

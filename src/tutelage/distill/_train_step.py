@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import DataError
 from ..intervention import NO_INTERVENTION
 from ._distiller import Distiller
+from ._distributed import deferred, gradient_group, processes, sum_over
 
 __all__ = ["TrainStep"]
 
@@ -17,8 +19,11 @@ __all__ = ["TrainStep"]
 class TrainStep:
     """One optimizer step of quantization-aware distillation, without host synchronisation.
 
-    Call it for a whole step. A loop that accumulates gradients, or clips and updates on its own,
-    calls ``accumulate`` and ``update`` separately.
+    Call it for a whole step, with one batch or with a list of micro-batches. A loop that clips
+    and updates on its own calls ``counts`` once and ``accumulate`` for every micro-batch.
+
+    The gradients are those of one batch that holds the samples of all micro-batches and all
+    processes, however unequal their sizes and lengths.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class TrainStep:
 
     def __call__(
         self,
-        batch: Mapping[str, Any],
+        batch: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         stage: str = NO_INTERVENTION,
         *,
         progress: Tensor | None = None,
@@ -50,17 +55,55 @@ class TrainStep:
         """Runs one whole step.
 
         Args:
-            batch: See ``Distiller.step``.
+            batch: See ``Distiller.step``; or several such, whose gradients are accumulated.
             stage: Name of the stage.
             progress: See ``Distiller.step``.
             model: See ``Distiller.step``.
 
         Returns:
-            The detached loss under ``"loss"`` and every unweighted term under its name.
+            The detached loss under ``"loss"`` and every unweighted term under its name. Of a model
+            in several processes: the share of this one, whose mean over processes is the value.
+
+        Raises:
+            DataError: There is no batch.
         """
-        terms = self.accumulate(batch, stage, progress=progress, model=model)
+        batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        if not batches:
+            raise DataError("a step got an empty list of micro-batches; pass at least one.")
+        counts = self.counts(batches, stage, model=model)
+        total: dict[str, Tensor] = {}
+        for index, part in enumerate(batches):
+            with deferred(self._called(model), on=index + 1 < len(batches)):
+                terms = self.accumulate(part, stage, progress=progress, model=model, counts=counts)
+            total = {name: total[name] + t if total else t for name, t in terms.items()}
         self.update()
-        return terms
+        return total
+
+    def counts(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        stage: str = NO_INTERVENTION,
+        *,
+        model: nn.Module | None = None,
+    ) -> dict[str, Tensor | int] | None:
+        """Counts the items of every term in one optimizer step, over all processes.
+
+        Args:
+            batches: The micro-batches of this process.
+            stage: Name of the stage.
+            model: See ``Distiller.step``; says over which processes gradients are averaged.
+
+        Returns:
+            What ``accumulate`` takes; ``None`` where one batch is the whole step.
+
+        Raises:
+            TutelageError: As ``Distiller.counts``.
+        """
+        group = gradient_group(self._called(model))
+        if len(batches) == 1 and processes(group) == 1:
+            return None
+        device = next(self.distiller.student.parameters()).device
+        return sum_over(group, self.distiller.counts(batches, stage), device)
 
     def accumulate(
         self,
@@ -70,7 +113,7 @@ class TrainStep:
         progress: Tensor | None = None,
         model: nn.Module | None = None,
         backward: Any = None,
-        divisor: int = 1,
+        counts: Mapping[str, Tensor | int] | None = None,
     ) -> dict[str, Tensor]:
         """Runs forward and backward and adds to the gradients.
 
@@ -80,18 +123,28 @@ class TrainStep:
             progress: See ``Distiller.step``.
             model: See ``Distiller.step``.
             backward: Called with the loss in place of ``loss.backward()``.
-            divisor: Number of micro-batches in the step; divides the loss.
+            counts: What ``counts`` returned for all micro-batches of the step; ``None`` where this
+                batch is the whole step.
 
         Returns:
-            The detached loss, divided, under ``"loss"`` and every unweighted term under its name.
+            The detached loss under ``"loss"`` and every unweighted term under its name: the share
+            of this batch, to be added up over micro-batches and averaged over processes.
         """
-        step = self.distiller.step(batch, stage, progress=progress, model=model)
-        loss = step.loss / divisor
+        step = self.distiller.step(batch, stage, progress=progress, model=model, counts=counts)
+        # Gradients are averaged over the processes, the shares are to be added up.
+        factor = 1 if counts is None else processes(gradient_group(self._called(model)))
+        loss = step.loss if factor == 1 else step.loss * factor
         if backward is None:
             loss.backward()
         else:
             backward(loss)
-        return {"loss": loss.detach(), **{k: v.detach() for k, v in step.terms.items()}}
+        return {
+            "loss": loss.detach(),
+            **{name: (share * factor).detach() for name, share in step.shares.items()},
+        }
+
+    def _called(self, model: nn.Module | None) -> nn.Module:
+        return self.distiller.student if model is None else model
 
     def update(self) -> None:
         """Clips, updates the parameters that have a gradient, and drops the gradients."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..errors import RecipeError, nearest
 from ..intervention import intervention
+from ..sites import SiteMap
 from ._terms import (
     AttentionMapKL,
     AttentionScores,
@@ -16,6 +17,7 @@ from ._terms import (
     LossTerm,
     SignalMSE,
 )
+from ._token_scaled import TokenScaledLogits
 
 __all__ = ["Local", "Losses", "WeightedTerm", "default", "reference", "register", "term"]
 
@@ -36,6 +38,7 @@ _TERMS: dict[str, Callable[[], LossTerm]] = {
     "attention_output_local": lambda: SignalMSE("attention_output_local", "attention_output"),
     "context_local": lambda: SignalMSE("context_local", "context"),
     "labels": LabelCrossEntropy,
+    "token_scaled_logits": TokenScaledLogits,
 }
 
 
@@ -91,10 +94,12 @@ class Losses:
     Attributes:
         terms: Active at every step.
         local: What happens to a replaced signal, see ``Local``.
+        automatic: Whether ``fitted`` may choose other terms for a model.
     """
 
     terms: tuple[WeightedTerm, ...]
     local: Local = "paper"
+    automatic: bool = False
 
     def __post_init__(self) -> None:
         """Checks names and settings."""
@@ -121,11 +126,33 @@ class Losses:
         """Returns the same terms with another local distillation."""
         return replace(self, local=local)
 
-    def at(self, stage: str) -> tuple[WeightedTerm, ...]:
+    def fitted(self, sites: SiteMap) -> Losses:
+        """Returns the terms for a model; the same unless they are ``automatic``.
+
+        A decoder, alone or beside an encoder, is compared by its logits, and by the local term
+        while a stage is on: interior terms hurt decoders (Kim et al., arXiv 2308.06744). Where
+        attention is written by hand its map stands in for its scores.
+
+        Args:
+            sites: The model's sites.
+        """
+        if not self.automatic:
+            return self
+        if any(block.causal or block.kind == "cross" for block in sites.blocks):
+            return Losses.of({"logits": 1.0}, local=self.local)
+        weights = {weighted.term.name: weighted.weight for weighted in self.terms}
+        if not _has_scores(sites):
+            del weights["attention_scores"]
+            if all(block.has("attention_map") for block in sites.blocks):
+                weights["attention_map"] = 1.0
+        return Losses.of(weights, local=self.local)
+
+    def at(self, stage: str, sites: SiteMap | None = None) -> tuple[WeightedTerm, ...]:
         """Returns the terms of a stage, completed where projections would get no gradient.
 
         Args:
             stage: Name of a stage.
+            sites: The model's sites; ``None`` for an encoder whose signals are all in reach.
 
         Raises:
             RecipeError: ``local="code"`` leaves the whole attention without gradient.
@@ -134,19 +161,28 @@ class Losses:
         if active is None:
             return self.terms
         names = {weighted.term.name for weighted in self.terms}
+        scores = "attention_scores" if sites is None or _has_scores(sites) else "attention_map"
+        local = scores if active.local == "attention_scores" else active.local
         if self.local == "code":
-            if not names & {"attention_scores", "attention_map", active.local}:
+            if not names & {"attention_scores", "attention_map", local}:
                 raise RecipeError(
                     f"in stage {stage!r} no loss term reaches the query and key projections; add "
-                    "'attention_scores', or use local='paper'."
+                    f"{scores!r}, or use local='paper'."
                 )
             return self.terms
-        # Scores train Q and K alone where the map is replaced; the other local signals lie
-        # downstream of them and reach all projections above.
-        missing = active.local not in names
-        if active.local == "attention_scores" and "attention_map" in names:
-            missing = False
-        return (*self.terms, WeightedTerm(term(active.local))) if missing else self.terms
+        # Scores train Q and K alone where the map is replaced, as it always is in
+        # cross-attention; the other local signals lie downstream of all projections.
+        cross = sites is not None and any(block.kind == "cross" for block in sites.blocks)
+        missing = [local] if local not in names else []
+        if cross and scores not in missing and scores not in names:
+            missing.append(scores)
+        if "attention_map" in names:
+            missing = [name for name in missing if name != "attention_scores"]
+        return (*self.terms, *(WeightedTerm(term(name)) for name in missing))
+
+
+def _has_scores(sites: SiteMap) -> bool:
+    return all(block.has("attention_scores") for block in sites.blocks)
 
 
 def default(*, local: Local = "paper") -> Losses:
@@ -154,6 +190,9 @@ def default(*, local: Local = "paper") -> Losses:
 
     The weights are 1, 3, 3 and 10: in a few hundred steps a student comes nearer to its teacher's
     predictions through the inner signals than through the logits (docs/results.md).
+
+    They are fitted to the model by ``Distiller``, see ``Losses.fitted``: a decoder is compared by
+    its logits.
 
     Args:
         local: See ``Local``.
@@ -164,7 +203,7 @@ def default(*, local: Local = "paper") -> Losses:
         "attention_output": 3.0,
         "attention_scores": 10.0,
     }
-    return Losses.of(weights, local=local)
+    return replace(Losses.of(weights, local=local), automatic=True)
 
 
 def reference(*, local: Local = "code") -> Losses:

@@ -13,8 +13,8 @@ from torch import nn
 from .._prepare import Prepared, prepared
 from ..errors import ArtefactError, UnsupportedModelError
 from ._card import model_card
-from ._files import staged_directory, staged_files, write_text
-from ._huggingface import FORMAT_VERSION, QUANT_METHOD, verify_files
+from ._files import staged_directory, staged_files, write_failures_as_os_error, write_text
+from ._huggingface import QUANT_METHOD, READABLE_VERSIONS, of_unknown_version, verify_files
 
 __all__ = ["load", "save", "weight_bytes", "write_artefact"]
 
@@ -84,14 +84,9 @@ def _require_prepared(student: nn.Module) -> Prepared:
 
 
 def _write(student: nn.Module, stage: Path, processor: Any, metrics: Mapping[str, Any]) -> None:
-    from safetensors import SafetensorError
-
     model = cast("Any", student)
-    try:
+    with write_failures_as_os_error():
         model.save_pretrained(stage)
-    except SafetensorError as error:
-        # safetensors reports a full disk with an exception of its own.
-        raise OSError(None, str(error)) from error
     processor = processor if processor is not None else _processor_of(model)
     if processor is not None:
         processor.save_pretrained(stage)
@@ -196,9 +191,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ArtefactError(
             f"{path} is no packed model (quant_method is {method!r}); load it with from_pretrained."
         )
-    if section.get("version") != FORMAT_VERSION:
-        raise ArtefactError(
-            f"{path} is stored in version {section.get('version')} of the packed format, this "
-            f"library reads version {FORMAT_VERSION}; install the tutelage that wrote it."
-        )
+    if section.get("version") not in READABLE_VERSIONS:
+        raise ArtefactError(f"{path} {of_unknown_version(section.get('version'))}")
     return cast("dict[str, Any]", config)

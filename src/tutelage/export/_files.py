@@ -10,7 +10,13 @@ from pathlib import Path
 
 from ..errors import ArtefactError, OutputExistsError
 
-__all__ = ["refuse_existing", "staged_directory", "staged_files", "write_text"]
+__all__ = [
+    "refuse_existing",
+    "staged_directory",
+    "staged_files",
+    "write_failures_as_os_error",
+    "write_text",
+]
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
@@ -123,6 +129,21 @@ def staged_files(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def write_failures_as_os_error() -> Iterator[None]:
+    """Turns the exception of its own with which safetensors reports a full disk into an OSError.
+
+    Raises:
+        OSError: safetensors could not write.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,22 +20,43 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ArtefactError
-from ..nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, use_attention
+from ..nn import QuantWeight
 from ..scheme import ModuleSpec, Scheme
+from ._hollow import make_hollow, not_stored, refuse_other_tensors
 from ._pack import METADATA_KEY, config_digest, digest, pack_state_dict
 
 __all__ = [
     "FORMAT_VERSION",
     "QUANT_METHOD",
+    "READABLE_VERSIONS",
     "PackedConfig",
     "PackedQuantizer",
     "attach_quantizer",
+    "of_unknown_version",
     "verify_files",
 ]
 
 QUANT_METHOD = "tutelage"
-FORMAT_VERSION = 1
-"""Version of the packed format."""
+FORMAT_VERSION = 2
+"""Version of the packed format that is written.
+
+1: Linears and embeddings. 2: also ``Conv1D``, patch embeddings and weights that modules share.
+"""
+READABLE_VERSIONS = (1, 2)
+"""Versions of the packed format that can be read."""
+
+
+def of_unknown_version(version: Any) -> str:
+    """Returns the end of a sentence about a model that was stored in another version.
+
+    Args:
+        version: What its configuration names.
+    """
+    known = " and ".join(map(str, READABLE_VERSIONS))
+    return (
+        f"is stored in version {version} of the packed format, this library reads versions "
+        f"{known}; install the tutelage that wrote it, or save the model again."
+    )
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -65,11 +86,8 @@ class PackedConfig(QuantizationConfigMixin):
         Raises:
             ArtefactError: The file was written by a later version.
         """
-        if self.version != FORMAT_VERSION:
-            raise ArtefactError(
-                f"the model is stored in version {self.version} of the packed format, this "
-                f"library reads version {FORMAT_VERSION}; install the tutelage that wrote it."
-            )
+        if self.version not in READABLE_VERSIONS:
+            raise ArtefactError(f"the model {of_unknown_version(self.version)}")
         return {name: ModuleSpec(**spec) for name, spec in self.modules.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,10 +117,12 @@ class PackedQuantizer(HfQuantizer):
         """Returns what ``save_pretrained`` writes."""
         config = cast("PackedConfig", self.quantization_config)
         specs = config.specs()
-        if any(isinstance(m, QuantLinear | QuantEmbedding) for m in model.modules()):
+        if any(isinstance(m, QuantWeight) for m in model.modules()):
             state = pack_state_dict(model, specs)
         else:
             state = dict(model.state_dict())
+        for name in not_stored(model, state):
+            del state[name]
         digests = {name: digest(tensor) for name, tensor in state.items()}
         written = json.loads(model.config.to_json_string())
         record = {"tensors": digests, "config": config_digest(written)}
@@ -116,71 +136,21 @@ class PackedQuantizer(HfQuantizer):
             )
         return dtype
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """Packed files carry the names of the modules in the map, not those of older formats."""
+        return []
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = cast("PackedConfig", self.quantization_config)
         modules = config.specs()
         stored = verify_files([Path(str(f)) for f in kwargs.get("checkpoint_files") or ()])
-        specs = _on_model(model, modules)
-        with use_attention(model, keep=True):
-            for name, spec in specs.items():
-                _hollow(model.get_submodule(name), spec)
-        _refuse_other_tensors(model, stored)
+        make_hollow(model, modules)
+        refuse_other_tensors(model, stored)
         return model
 
-
-def _on_model(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> dict[str, ModuleSpec]:
-    """Names the modules as ``model`` does: a base model lacks the prefix of a model with a head."""
-    names = dict(model.named_modules())
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found = {}
-    for name, spec in specs.items():
-        own = name if name in names else name.removeprefix(prefix)
-        if own not in names:
-            raise ArtefactError(
-                f"the packed module {name!r} does not exist in {type(model).__name__}; the files "
-                "are of another architecture."
-            )
-        found[own] = spec
-    return found
-
-
-def _hollow(module: nn.Module, spec: ModuleSpec) -> None:
-    """Makes a module ready to receive packed tensors."""
-    from .._prepare import attach_attention
-
-    if spec.kind == "attention":
-        attach_attention(module, spec)
-        return
-    quantizer = cast("Any", spec.weight).build()
-    if spec.kind == "embedding" and isinstance(module, nn.Embedding):
-        PackedEmbedding.from_embedding(module, quantizer)
-    elif spec.kind == "linear" and isinstance(module, nn.Linear):
-        input = None if spec.input is None else spec.input.build()
-        PackedLinear.from_linear(module, quantizer, input, spec.arithmetic)
-    else:
-        raise ArtefactError(
-            f"a packed {spec.kind} was stored where the model has a {type(module).__name__}; the "
-            "files are of another architecture."
-        )
-
-
-def _refuse_other_tensors(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses what transformers would fill with random numbers."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    shapes = {name.removeprefix(prefix): shape for name, shape in stored.items()} | dict(stored)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = sorted(set(wanted) - set(shapes))
-    if missing:
-        raise ArtefactError(
-            f"the files hold no tensor {missing[0]!r} (nor {len(missing) - 1} others) that "
-            f"{type(model).__name__} needs; load the architecture that was saved."
-        )
-    for name, shape in wanted.items():
-        if shapes[name] != shape:
-            raise ArtefactError(
-                f"the tensor {name!r} is stored with shape {shapes[name]}, the model wants "
-                f"{shape}; load the model with the settings it was saved with."
-            )
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _keep_names(model)
+        return model
 
 
 def verify_files(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
@@ -232,6 +202,11 @@ def verify_files(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     return seen
 
 
+def _keep_names(model: Any) -> None:
+    # save_pretrained would write the names that the model's first release used.
+    model._weight_conversions = []
+
+
 def attach_quantizer(model: nn.Module, scheme: Scheme, modules: Mapping[str, ModuleSpec]) -> None:
     """Makes ``model.save_pretrained`` write the packed form.
 
@@ -249,8 +224,7 @@ def attach_quantizer(model: nn.Module, scheme: Scheme, modules: Mapping[str, Mod
     target = cast("Any", model)
     target.config.quantization_config = config
     target.hf_quantizer = PackedQuantizer(config)
-    # The digests are of the model's own names: transformers must not write those of older files.
-    target._weight_conversions = []
+    _keep_names(target)
 
 
 def register() -> None:

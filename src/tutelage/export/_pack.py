@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import BaseQuantizer, pack
+from ..nn import QuantWeight
+from ..quantizers import pack
 from ..scheme import ModuleSpec
 
 __all__ = ["METADATA_KEY", "config_digest", "digest", "pack_state_dict"]
@@ -55,7 +56,9 @@ def pack_state_dict(student: nn.Module, modules: Mapping[str, ModuleSpec]) -> di
     """Returns the state dict of a student with every quantized weight packed.
 
     A packed weight keeps its name, as uint8 with one dimension; its scales stand beside it as
-    ``weight_scale``, float32, (rows, 1) or (1, 1).
+    ``weight_scale``, float32, (rows, 1) or (1, 1). Rows are output features (of a ``Conv1D`` the
+    columns of its weight) or table entries. A weight that modules share is there once, under the
+    name of the module that the others are ``shared_with``.
 
     Args:
         student: A model made by ``tutelage.prepare``.
@@ -65,9 +68,11 @@ def pack_state_dict(student: nn.Module, modules: Mapping[str, ModuleSpec]) -> di
     for name, spec in modules.items():
         if spec.weight is None:
             continue
-        module = student.get_submodule(name)
-        quantizer = cast("BaseQuantizer", module.weight_quantizer)
-        quantized = quantizer.quantize(cast("Tensor", module.weight))
-        state[f"{name}.weight"] = pack(quantized.codes, quantizer.grid).reshape(-1)
+        if spec.shared_with is not None:
+            del state[f"{name}.weight"]
+            continue
+        module = cast("QuantWeight", student.get_submodule(name))
+        quantized = module.quantized_weight()
+        state[f"{name}.weight"] = pack(quantized.codes, module.weight_quantizer.grid).reshape(-1)
         state[f"{name}.weight_scale"] = quantized.scale.reshape(-1, 1).contiguous()
     return state

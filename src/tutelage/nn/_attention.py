@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..kernels import integer_matmul
 from ..quantizers import BaseQuantizer, Quantized
+from ._precision import in_float32, without_autocast
 
 __all__ = [
     "ATTENTION_NAME",
@@ -31,14 +32,14 @@ __all__ = [
 
 ATTENTION_NAME = "tutelage"
 _PROBE = "_tutelage_probe"
-_UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask")
+_UNSUPPORTED = ("s_aux", "sinks", "head_mask")
 
 
 class AttentionProbe(Protocol):
     """Sees, and may replace, the signals inside one attention call."""
 
-    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Receives query, key and value, each (batch, heads, tokens, width)."""
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        """Receives query, key and value, each (batch, heads, tokens, width), and the mask."""
         ...
 
     def scores(self, scores: Tensor) -> None:
@@ -60,6 +61,7 @@ class _QuantScores(torch.autograd.Function):
         return scores.mul_(qq.scale * scaling).mul_(qk.scale.transpose(-1, -2))
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, q_codes, q_scale, k_codes, k_scale = ctx.saved_tensors
         (q, k), grad = ctx.quantizers, grads[0]
@@ -87,6 +89,7 @@ class _QuantContext(torch.autograd.Function):
         return context.mul_(qp.scale if folded else qp.scale * qv.scale)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         attention_map, value, p_codes, p_scale, v_codes, v_scale = ctx.saved_tensors
         (p, v), grad = ctx.quantizers, grads[0]
@@ -129,16 +132,18 @@ class AttentionQuantizer(nn.Module):
         self.value = value
         self.attention_map = attention_map
 
+    @without_autocast
     def scores(
         self,
         query: Float[Tensor, "batch heads queries width"],
         key: Float[Tensor, "batch heads keys width"],
         scaling: float,
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """Returns the quantized ``Q K^T * scaling``."""
+        """Returns the quantized ``Q K^T * scaling``, in float32 under autocast too."""
         scores = _QuantScores.apply(query, key, self.query, self.key, scaling)
         return cast("Tensor", scores)
 
+    @in_float32
     def context(
         self,
         attention_map: Float[Tensor, "batch heads queries keys"],
@@ -174,7 +179,8 @@ def attention(
         attention_mask: Additive mask that broadcasts against the scores, or ``None``.
         scaling: Factor of the scores, by default 1 / sqrt(width).
         dropout: Probability with which entries of the attention map are dropped.
-        **kwargs: What transformers passes along; ``position_bias`` is added to the scores.
+        **kwargs: What transformers passes along; ``position_bias`` is added to the scores, and
+            ``softcap`` c makes them c tanh(scores / c).
 
     Returns:
         The context and the attention map that was used.
@@ -191,15 +197,19 @@ def attention(
     probe: AttentionProbe | None = module.__dict__.get(_PROBE)
     quantizer = cast("AttentionQuantizer | None", module._modules.get("attention_quantizer"))
     if probe is not None:
-        probe.inputs(query, key, value)
+        probe.inputs(query, key, value, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
     if quantizer is None:
         scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     else:
         scores = quantizer.scores(query, key, scaling)
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        scores = scores.float()  # mask and softmax are never rounded
     if kwargs.get("position_bias") is not None:
         scores = scores + kwargs["position_bias"]
+    if kwargs.get("softcap") is not None:
+        scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
     if probe is not None:
         probe.scores(scores)
     if attention_mask is not None:
@@ -209,7 +219,7 @@ def attention(
         attention_map = probe.attention_map(attention_map)
     attention_map = nn.functional.dropout(attention_map, p=dropout, training=module.training)
     if quantizer is None:
-        context = torch.matmul(attention_map, value)
+        context = torch.matmul(attention_map.to(value.dtype), value)
     else:
         context = quantizer.context(attention_map, value)
     return context.transpose(1, 2).contiguous(), attention_map
@@ -236,14 +246,13 @@ def _configs(model: nn.Module) -> list[Any]:
     from transformers import PreTrainedModel
 
     found: dict[int, Any] = {}
+    transformers_model = False
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
+        transformers_model = True
         if not module._can_set_attn_implementation():
-            raise UnsupportedModelError(
-                f"{type(module).__name__} does not dispatch its attention through transformers' "
-                "AttentionInterface; use a model that supports attn_implementation='sdpa'."
-            )
+            continue
         pending = [module.config]
         while pending:
             config = pending.pop()
@@ -251,7 +260,7 @@ def _configs(model: nn.Module) -> list[Any]:
             pending.extend(
                 sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None
             )
-    if not found:
+    if not transformers_model:
         raise UnsupportedModelError(
             f"{type(model).__name__} is no transformers model; pass a PreTrainedModel."
         )
@@ -262,12 +271,14 @@ def _configs(model: nn.Module) -> list[Any]:
 def use_attention(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """Routes the attention of ``model`` through ``attention`` inside the context.
 
+    Attention written by hand, outside transformers' interface, stays as it is.
+
     Args:
         model: A transformers model.
         keep: Leave it so after a context that ended without an error.
 
     Raises:
-        UnsupportedModelError: The model does not use transformers' attention interface.
+        UnsupportedModelError: It is no transformers model.
     """
     register_attention()
     configs = _configs(model)

@@ -8,16 +8,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..quantizers import BaseQuantizer
+from ._subclass import with_forward_of
+from ._weight import QuantWeight
 
 __all__ = ["QuantEmbedding"]
 
 
-class QuantEmbedding(nn.Embedding):
+class QuantEmbedding(QuantWeight, nn.Embedding):
     """``nn.Embedding`` whose table is quantized in the forward pass.
 
     With one scale per row only the rows that a batch uses are quantized: they are gathered
     first, which gives exactly the values of the whole table. Made in place from an existing
-    ``nn.Embedding`` by ``tutelage.prepare``.
+    ``nn.Embedding`` by ``tutelage.prepare``. A subclass, such as one that scales what it looks
+    up, keeps its forward: it becomes a subclass of both.
 
     Attributes:
         weight_quantizer: Quantizer of the table.
@@ -30,10 +33,11 @@ class QuantEmbedding(nn.Embedding):
         """Turns ``module`` into a ``QuantEmbedding`` in place and returns it.
 
         Args:
-            module: A plain ``nn.Embedding`` without ``max_norm``.
+            module: An ``nn.Embedding`` without ``max_norm``, or of a subclass for which
+                ``looks_up_rows`` holds.
             weight: Quantizer of the table.
         """
-        module.__class__ = cls
+        module.__class__ = with_forward_of(type(module), cls)
         module.weight_quantizer = weight
         return cast("QuantEmbedding", module)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from ..kernels import integer_linear
 from ..quantizers import Quantized, Quantizer
+from ._precision import in_float32, without_autocast
+from ._weight import QuantWeight
 
-__all__ = ["Arithmetic", "QuantLinear", "quantized_linear", "scaled_integer_linear"]
+__all__ = [
+    "Arithmetic",
+    "QuantLinear",
+    "QuantProduct",
+    "quantized_linear",
+    "scaled_integer_linear",
+]
 
 
 Arithmetic = Literal["integer", "float"]
@@ -81,6 +89,7 @@ class _QuantLinearFunction(torch.autograd.Function):
         return quantized_linear(qx, qw, bias, arithmetic)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         x, weight, x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
@@ -102,7 +111,59 @@ class _QuantLinearFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-class QuantLinear(nn.Linear):
+class QuantProduct(QuantWeight):
+    """A product with a quantized weight, and a quantized input where wanted.
+
+    Attributes:
+        bias: Shape (out_features,), or ``None``.
+        input_quantizer: Quantizer of the input, or ``None`` for weight-only quantization.
+        arithmetic: How the product is computed.
+    """
+
+    bias: Tensor | None
+    input_quantizer: Quantizer | None
+    arithmetic: Arithmetic
+
+    @classmethod
+    def _from_module(
+        cls, module: nn.Module, weight: nn.Module, input: nn.Module | None, arithmetic: Arithmetic
+    ) -> Self:
+        module.__class__ = cls
+        made = cast("Self", module)
+        made.weight_quantizer = cast("Quantizer", weight)
+        made.input_quantizer = cast("Quantizer | None", input)
+        made.arithmetic = arithmetic
+        return made
+
+    @in_float32
+    def forward(
+        self, input: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Applies the quantized layer.
+
+        Args:
+            input: Shape (*batch, in_features).
+
+        Returns:
+            Shape (*batch, out_features), float32; computed so and then rounded under autocast.
+        """
+        if self.input_quantizer is None:
+            weight = self.weight_quantizer(self.weight_rows())
+            return nn.functional.linear(input.to(weight.dtype), weight, self.bias)
+        return cast(
+            "Tensor",
+            _QuantLinearFunction.apply(
+                input,
+                self.weight_rows(),
+                self.bias,
+                self.input_quantizer,
+                self.weight_quantizer,
+                self.arithmetic,
+            ),
+        )
+
+
+class QuantLinear(QuantProduct, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` whose weight, and input where wanted, are quantized in the forward pass.
 
     Made in place from an existing ``nn.Linear`` by ``tutelage.prepare``; parameters, hooks and
@@ -113,10 +174,6 @@ class QuantLinear(nn.Linear):
         input_quantizer: Quantizer of the input, or ``None`` for weight-only quantization.
         arithmetic: How the product is computed.
     """
-
-    weight_quantizer: Quantizer
-    input_quantizer: Quantizer | None
-    arithmetic: Arithmetic
 
     @classmethod
     def from_linear(
@@ -134,34 +191,4 @@ class QuantLinear(nn.Linear):
             input: Quantizer of the input, or ``None``.
             arithmetic: How the product is computed.
         """
-        module.__class__ = cls
-        made = cast("QuantLinear", module)
-        made.weight_quantizer = cast("Quantizer", weight)
-        made.input_quantizer = cast("Quantizer | None", input)
-        made.arithmetic = arithmetic
-        return made
-
-    def forward(
-        self, input: Float[Tensor, "*batch in_features"]
-    ) -> Float[Tensor, "*batch out_features"]:
-        """Applies the quantized layer.
-
-        Args:
-            input: Shape (*batch, in_features).
-
-        Returns:
-            Shape (*batch, out_features), float32.
-        """
-        if self.input_quantizer is None:
-            return nn.functional.linear(input, self.weight_quantizer(self.weight), self.bias)
-        return cast(
-            "Tensor",
-            _QuantLinearFunction.apply(
-                input,
-                self.weight,
-                self.bias,
-                self.input_quantizer,
-                self.weight_quantizer,
-                self.arithmetic,
-            ),
-        )
+        return cls._from_module(module, weight, input, arithmetic)

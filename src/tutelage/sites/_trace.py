@@ -1,9 +1,13 @@
-"""Discovery of a model's sites from one traced forward pass, without tables of names."""
+"""One traced forward pass: which modules ran, and which tensor came from which.
+
+Provenance is read from the autograd graph: names and the order of calls decide nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,77 +15,163 @@ from torch import Tensor, nn
 
 from ..errors import SiteError, UnsupportedModelError
 from ..nn import probe_of, use_attention
-from ._map import BlockSites, SiteMap
+from ._inputs import synthesize_inputs
 
-__all__ = ["discover", "synthesize_inputs"]
-
-_TOKENS = 8
+__all__ = ["Attention", "BlockCall", "LinearCall", "Trace", "trace"]
 
 
-@dataclass
-class _LinearCall:
+@dataclass(eq=False)
+class LinearCall:
+    """A call of a Linear or Conv1D; ``at`` is its place in the order of all calls."""
+
     name: str
-    out: Tensor
+    at: int
+    input: Tensor
+    output: Tensor
     in_features: int
     out_features: int
 
 
-@dataclass
-class _AttentionCall:
+@dataclass(eq=False)
+class BlockCall:
+    """A call of a member of a ModuleList, from ``start`` to ``stop``."""
+
     name: str
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    number: int
+    start: int
+    stop: int = -1
+
+
+@dataclass(eq=False)
+class Attention:
+    """An attention call, known by the node of its softmax (or of its fused product).
+
+    Without transformers' interface ``query``, ``key`` and ``value`` are unknown.
+    """
+
+    node: Any
+    name: str | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    causal: bool = False
+    dropout: str | None = None
+    shape: tuple[int, ...] = ()
+
+    @property
+    def interface(self) -> bool:
+        """Whether it ran through ``AttentionInterface``."""
+        return self.query is not None
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is one fused product, whose attention map does not exist."""
+        return "ScaledDotProduct" in self.node.name()
+
+
+@dataclass
+class Trace:
+    """What happened in one forward pass on ``inputs``."""
+
+    inputs: frozenset[str] = frozenset()
+    linears: list[LinearCall] = field(default_factory=list)
+    blocks: list[BlockCall] = field(default_factory=list)
+    attentions: dict[Any, Attention] = field(default_factory=dict)
+    clock: int = 0
+
+    def tick(self) -> int:
+        """Returns the next place in the order of calls."""
+        self.clock += 1
+        return self.clock
+
+    def sources(self, tensor: Tensor) -> list[LinearCall | Attention]:
+        """Returns the Linears and attention calls that a tensor comes from, none between.
+
+        Args:
+            tensor: Any tensor of the forward pass.
+        """
+        return self._sources([tensor.grad_fn])
+
+    def sources_of(self, node: Any) -> list[LinearCall | Attention]:
+        """Returns the sources of what goes into a node of the graph.
+
+        Args:
+            node: The node.
+        """
+        return self._sources([following for following, _ in node.next_functions])
+
+    def _sources(self, pending: list[Any]) -> list[LinearCall | Attention]:
+        ends: dict[Any, LinearCall | Attention] = {c.output.grad_fn: c for c in self.linears}
+        ends.update(self.attentions)
+        found: dict[int, LinearCall | Attention] = {}
+        seen = set[Any]()
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in ends or _is_attention(node):
+                end = ends.get(node) or self.attentions.setdefault(node, _by_hand(node))
+                found[id(end)] = end
+            else:
+                pending.extend(following for following, _ in node.next_functions)
+        return sorted(found.values(), key=lambda end: end.at if isinstance(end, LinearCall) else 0)
+
+
+def _is_attention(node: Any) -> bool:
+    name = node.name()
+    if "ScaledDotProduct" in name:
+        return True
+    return name.startswith("SoftmaxBackward") and node._saved_result.dim() in (3, 4)
+
+
+def _by_hand(node: Any) -> Attention:
+    fused = "ScaledDotProduct" in node.name()
+    if fused:
+        queries, keys = node._saved_query.shape, node._saved_key.shape
+        return Attention(node, shape=(*queries[:3], keys[2]))
+    result = node._saved_result
+    return Attention(node, shape=tuple(result.shape), causal=_is_causal(result.log(), result.shape))
 
 
 class _Recorder:
-    def __init__(self, name: str, log: list[_LinearCall | _AttentionCall]) -> None:
-        self.name, self.log = name, log
+    """Logs the attention calls of one module that go through the interface."""
 
-    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.log.append(_AttentionCall(self.name, query, key, value))
+    def __init__(self, name: str, into: Trace) -> None:
+        self._name, self._into = name, into
+        self._last: Attention | None = None
+
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        shape = (*query.shape[:3], key.shape[2])
+        self._last = Attention(
+            None, self._name, query, key, value, causal=_is_causal(mask, shape), shape=shape
+        )
 
     def scores(self, scores: Tensor) -> None:
         pass
 
     def attention_map(self, attention_map: Tensor) -> Tensor:
+        assert self._last is not None
+        if attention_map.grad_fn is None:
+            raise SiteError(
+                f"the attention of {self._name!r} runs without gradient, even in training; take "
+                "torch.no_grad out of the model."
+            )
+        self._last.node = attention_map.grad_fn
+        self._into.attentions[self._last.node] = self._last
         return attention_map
 
 
-def synthesize_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Makes a small valid input for ``model`` without drawing random numbers.
-
-    Args:
-        model: A transformers model whose main input is ``input_ids`` or ``pixel_values``.
-
-    Returns:
-        Keyword arguments of ``model.forward``, batch size 1, on the model's device.
-
-    Raises:
-        UnsupportedModelError: The main input is of another kind.
-    """
-    config: Any = model.config
-    device = next(model.parameters()).device
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "input_ids":
-        text = config.get_text_config()
-        ids = torch.arange(1, _TOKENS + 1, device=device) % text.vocab_size
-        mask = torch.ones(1, _TOKENS, dtype=torch.long, device=device)
-        return {"input_ids": ids.unsqueeze(0), "attention_mask": mask}
-    if main == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (1, config.num_channels, height, width)
-        dtype = next(model.parameters()).dtype
-        return {"pixel_values": torch.zeros(shape, device=device, dtype=dtype)}
-    raise UnsupportedModelError(
-        f"{type(model).__name__} takes {main!r} as its main input; only 'input_ids' and "
-        "'pixel_values' can be traced."
-    )
+def _is_causal(mask: Tensor | None, shape: tuple[int, ...]) -> bool:
+    queries, keys = shape[-2:]
+    if mask is None or queries != keys or queries < 2:
+        return False
+    later = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(1)
+    return bool((mask[..., later] < -1e4).all())
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Any:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -91,122 +181,107 @@ def _evaluating(model: nn.Module) -> Any:
             module.training = training
 
 
-def _trace(model: nn.Module) -> list[_LinearCall | _AttentionCall]:
-    log: list[_LinearCall | _AttentionCall] = []
+def linear_like(module: nn.Module) -> tuple[int, int] | None:
+    """Returns (in_features, out_features) of a Linear or Conv1D, ``None`` for other modules."""
+    from transformers.pytorch_utils import Conv1D
 
-    def hook(name: str) -> Any:
-        def record(module: nn.Linear, args: Any, out: Tensor) -> None:
-            log.append(_LinearCall(name, out, module.in_features, module.out_features))
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
 
-        return record
 
+def _require_gradient(module: nn.Module, args: Any, out: Tensor) -> None:
+    # Weights may be frozen; what comes from an embedding shall leave a track all the same.
+    if not out.requires_grad:
+        out.requires_grad_()
+
+
+def _watch(module: nn.Module, name: str, into: Trace) -> Iterator[Any]:
+    """Yields the handles of the hooks that log one module."""
+    features = linear_like(module)
+    if features is not None:
+
+        def on_linear(_: nn.Module, args: Any, out: Tensor) -> None:
+            into.linears.append(LinearCall(name, into.tick(), args[0], out, *features))
+
+        yield module.register_forward_hook(on_linear)
+    if isinstance(module, nn.Embedding):
+        yield module.register_forward_hook(_require_gradient)
+    if isinstance(module, nn.Dropout):
+
+        def on_dropout(_: nn.Module, args: Any, out: Tensor) -> None:
+            node = args[0].grad_fn
+            if node is not None and _is_attention(node):
+                into.attentions.setdefault(node, _by_hand(node)).dropout = name
+
+        yield module.register_forward_hook(on_dropout)
+
+
+def _watch_block(module: nn.Module, name: str, into: Trace) -> Iterator[Any]:
+    open_calls: list[BlockCall] = []
+
+    def enter(_: nn.Module, args: Any) -> None:
+        number = sum(call.name == name for call in into.blocks)
+        open_calls.append(BlockCall(name, number, into.tick()))
+        into.blocks.append(open_calls[-1])
+
+    def leave(_: nn.Module, args: Any, out: Any) -> None:
+        open_calls.pop().stop = into.tick()
+
+    yield module.register_forward_pre_hook(enter)
+    yield module.register_forward_hook(leave)
+
+
+def _members(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            for key, member in module.named_children():
+                yield f"{name}.{key}" if name else key, member
+
+
+def trace(model: nn.Module) -> Trace:
+    """Runs one small forward pass in eval mode and logs it.
+
+    Weights, gradients, random state and training flags are left as they were.
+
+    Args:
+        model: A transformers model.
+
+    Raises:
+        UnsupportedModelError: It is no transformers model, or does not run on a synthesized input.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no transformers model; pass a PreTrainedModel."
+        )
+    inputs = synthesize_inputs(model)
+    found = Trace(frozenset(inputs))
+    for tensor in inputs.values():
+        if tensor.is_floating_point():
+            tensor.requires_grad_()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_evaluating(model))
         stack.enter_context(use_attention(model))
         for name, module in model.named_modules():
-            stack.enter_context(probe_of(module, _Recorder(name, log)))
-            if isinstance(module, nn.Linear):
-                handle = module.register_forward_hook(hook(name))
+            stack.enter_context(probe_of(module, _Recorder(name, found)))
+            for handle in _watch(module, name, found):
                 stack.callback(handle.remove)
-        model(**synthesize_inputs(model))
-    return log
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _block_of(model: nn.Module, attention: str) -> str:
-    parts = attention.split(".")
-    for end in range(len(parts), 1, -1):
-        if isinstance(model.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
-            return ".".join(parts[:end])
-    raise SiteError(
-        f"the attention module {attention!r} stands in no ModuleList of blocks; its block cannot "
-        "be told."
-    )
-
-
-def _projection(
-    calls: list[_LinearCall], tensor: Tensor, index: int, attention: str, role: str
-) -> str:
-    same = [call for call in calls if _storage(call.out) == _storage(tensor)]
-    if same:
-        return same[-1].name
-    if len(calls) == 1:
-        return calls[0].name
-    if len(calls) == 3:
-        return calls[index].name
-    names = ", ".join(call.name for call in calls) or "none"
-    raise SiteError(
-        f"the {role} projection of {attention!r} was not found among the Linears before its "
-        f"attention call ({names})."
-    )
-
-
-def discover(model: nn.Module) -> SiteMap:
-    """Finds the blocks of ``model`` by tracing one small forward pass in eval mode.
-
-    Weights, random state and training flags are left as they were.
-
-    Args:
-        model: A transformers model whose attention runs through ``AttentionInterface``.
-
-    Returns:
-        The sites of every attention call, in call order.
-
-    Raises:
-        SiteError: There is no attention call, or a part of a block could not be told.
-        UnsupportedModelError: The model cannot be traced.
-    """
-    log = _trace(model)
-    attention_at = [i for i, call in enumerate(log) if isinstance(call, _AttentionCall)]
-    if not attention_at:
-        raise SiteError(
-            f"{type(model).__name__} has no attention site: no call of an attention function was "
-            "seen in a forward pass; use a Transformer model."
-        )
-    blocks, calls_of = [], dict[str, int]()
-    for number, at in enumerate(attention_at):
-        call = log[at]
-        assert isinstance(call, _AttentionCall)
-        start = attention_at[number - 1] + 1 if number else 0
-        stop = attention_at[number + 1] if number + 1 < len(attention_at) else len(log)
-        before = [c for c in log[start:at] if isinstance(c, _LinearCall)]
-        after = [c for c in log[at + 1 : stop] if isinstance(c, _LinearCall)]
-        inside = [c for c in before if c.name.startswith(f"{call.name}.")]
-        block = _block_of(model, call.name)
-        _, heads, _, width = call.query.shape
-        output = next((c for c in after if c.in_features == heads * width), None)
-        if output is None or not output.name.startswith(f"{block}."):
-            raise SiteError(
-                f"the output projection of {call.name!r} was not found: no Linear with "
-                f"{heads * width} inputs follows its attention call inside {block!r}."
-            )
-        rest = after[after.index(output) + 1 :]
-        ffn = tuple(c.name for c in rest if c.name.startswith(f"{block}."))
-        if not ffn:
-            raise SiteError(f"no feed-forward Linear was found after attention in {block!r}.")
-        tensors = {"query": call.query, "key": call.key, "value": call.value}
-        projections = {
-            role: _projection(inside, tensor, index, call.name, role)
-            for index, (role, tensor) in enumerate(tensors.items())
-        }
-        blocks.append(
-            BlockSites(
-                block=block,
-                attention=call.name,
-                call=calls_of.get(call.name, 0),
-                output=output.name,
-                ffn=ffn,
-                heads=heads,
-                width=width,
-                hidden=output.out_features,
-                **projections,
-            )
-        )
-        calls_of[call.name] = calls_of.get(call.name, 0) + 1
-    linears = dict.fromkeys(c.name for c in log if isinstance(c, _LinearCall))
-    return SiteMap(tuple(blocks), tuple(linears))
+        for name, module in _members(model):
+            for handle in _watch_block(module, name, found):
+                stack.callback(handle.remove)
+        try:
+            model(**inputs)
+        except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+            if isinstance(error, SiteError | UnsupportedModelError):
+                raise
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run on a synthesized input "
+                f"({', '.join(inputs)}): {error}"
+            ) from error
+    return found

@@ -17,6 +17,9 @@ __all__ = ["QATArguments"]
 class QATArguments(TrainingArguments):
     """``transformers.TrainingArguments`` with defaults that fit low-bit students.
 
+    With ``bf16=True`` teacher and student run under autocast. Latent weights, optimizer state,
+    quantized products, softmax and losses stay in float32.
+
     Attributes:
         learning_rate: 5e-4, larger than in fine-tuning: low-bit weights must move far.
         warmup_steps: A tenth of each of the two steps (intervention, then plain distillation).

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError
+from ._sharded import is_sharded, load_full
 
 __all__ = [
     "LATENT_FILE",
@@ -36,6 +37,9 @@ MANIFEST = "tutelage_checkpoint.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _REQUIRED = (LATENT_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+_FORMERLY = {"precision": "no"}
+"""Settings that checkpoints of earlier versions do not hold, and what they were."""
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +84,10 @@ def load_latent(model: nn.Module, checkpoint: Path) -> None:
     verify(checkpoint)
     try:
         tensors = load_file(checkpoint / LATENT_FILE)
-        model.load_state_dict(tensors, strict=True)
+        if is_sharded(model):
+            load_full(model, tensors)
+        else:
+            model.load_state_dict(tensors, strict=True)
     except (SafetensorError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -150,6 +157,7 @@ def refuse_other_run(checkpoint: Path, run: Mapping[str, Any]) -> None:
         CheckpointError: A setting differs.
     """
     stored = verify(checkpoint)["run"]
+    stored = {**_FORMERLY, **stored}
     current = json.loads(json.dumps(dict(run)))
     for key in sorted(current):
         if stored.get(key) != current[key]:

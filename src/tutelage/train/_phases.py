@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from .._prepare import prepare
-from ..export import staged_directory
+from ..export import staged_directory, write_failures_as_os_error
 from ._arguments import QATArguments
 from ._checkpoint import latest_checkpoint
 from ._models import load_config, load_model
@@ -87,10 +86,8 @@ def _fine_tune(plan: Plan, progress: ProgressFactory | None) -> None:
     )
     _train(trainer, "teacher", progress)
     with staged_directory(plan.folder / TEACHER) as stage:
-        try:
+        with write_failures_as_os_error():
             model.save_pretrained(stage)
-        except SafetensorError as error:
-            raise OSError(None, str(error)) from error
         plan.processor.save_pretrained(stage)
 
 

@@ -20,6 +20,7 @@ def run_settings(
     losses: Losses,
     schedule: Schedule | None,
     steps: int,
+    precision: str,
 ) -> dict[str, Any]:
     """Returns the settings of a run as plain data, as far as they are known.
 
@@ -29,6 +30,7 @@ def run_settings(
         losses: The loss terms.
         schedule: When the teacher intervenes; ``None`` while it is not known.
         steps: Length of the training; 0 while it is not known.
+        precision: Of the forward pass, as accelerate names it.
     """
     known: dict[str, Any] = {
         "scheme": scheme.model_dump(mode="json"),
@@ -47,6 +49,7 @@ def run_settings(
         "processes": arguments.world_size,
         "dropout": getattr(arguments, "dropout", True),
         "seed": arguments.seed,
+        "precision": precision,
     }
     if schedule is not None:
         known["schedule"] = repr(schedule)

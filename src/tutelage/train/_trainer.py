@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from ..distill.losses import Losses
 from ..errors import CheckpointError, NonFiniteLossError, RecipeError, UnsupportedModelError
 from ..export import write_artefact
 from ..intervention import Schedule
-from . import _checkpoint
+from . import _checkpoint, _sharded
 from ._arguments import QATArguments
 from ._optim import BertAdam, reset_state, two_step_multiplier
 from ._settings import run_settings
@@ -40,6 +41,17 @@ class _StepBoundary(TrainerCallback):
         steps = self._trainer.active_schedule.steps
         if 0 < steps == state.global_step:
             reset_state(cast("Any", self._trainer.optimizer))
+
+
+def _check_distributed(args: TrainingArguments) -> None:
+    if args.world_size == 1:
+        return
+    if args.ddp_find_unused_parameters is False or args.ddp_static_graph:
+        raise RecipeError(
+            "which parameters receive a gradient depends on the stage; leave out "
+            "ddp_find_unused_parameters=False and ddp_static_graph=True."
+        )
+    args.ddp_find_unused_parameters = True
 
 
 class QATTrainer(Trainer):
@@ -88,15 +100,19 @@ class QATTrainer(Trainer):
             **kwargs: Passed to ``Trainer``.
 
         Raises:
-            UnsupportedModelError: The student was not prepared, or sharded training was asked for.
+            UnsupportedModelError: The student was not prepared, or sharded training or float16 was
+                asked for.
             IncompatibleTeacherError: Teacher and student do not fit.
+            RecipeError: Several processes, and a setting of DDP under which they would fail.
         """
         self.distiller = Distiller(student, teacher, losses)
         self.schedule = schedule
         self._active_schedule = schedule
+        args = args if args is not None else QATArguments()
+        _check_distributed(args)
         super().__init__(
             model=student,
-            args=args if args is not None else QATArguments(),
+            args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=data_collator,
@@ -105,14 +121,27 @@ class QATTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        self._unsharded: _sharded.Unsharded | None = None
+        if self.is_fsdp_enabled:
+            _sharded.check_plugin(self.accelerator.state.fsdp_plugin, student)
+            self._unsharded = _sharded.Unsharded(student)
+        # Without a GPU accelerate passes over fsdp in silence.
+        elif self.args.fsdp:
             raise UnsupportedModelError(
-                "QATTrainer does not train sharded models; start it without FSDP and DeepSpeed."
+                "accelerate shards models over several GPUs only; leave out fsdp, or call "
+                "TrainStep in a loop of your own on a student that went through fully_shard."
             )
-        if self.args.bf16 or self.args.fp16:
+        if self.is_deepspeed_enabled or self.args.parallelism_config is not None:
             raise UnsupportedModelError(
-                "QATTrainer trains in float32: integer products would be rounded; leave out bf16 "
-                "and fp16."
+                "QATTrainer trains in parallel over samples only; start it without DeepSpeed and "
+                "parallelism_config."
+            )
+        precision = "fp16" if self.args.fp16 else self.accelerator.mixed_precision
+        full_eval = self.args.fp16_full_eval or self.args.bf16_full_eval
+        if precision not in ("no", "bf16") or full_eval:
+            raise UnsupportedModelError(
+                "QATTrainer trains in float32 or with bf16=True; leave out fp16, whose gradients "
+                "vanish, and fp16_full_eval and bf16_full_eval, which would round latent weights."
             )
         if self.args.n_gpu > 1:
             raise UnsupportedModelError(
@@ -121,8 +150,12 @@ class QATTrainer(Trainer):
             )
         if isinstance(self.distiller.teacher, LiveTeacher):
             self.distiller.teacher.model.to(self.args.device)
+        # Otherwise transformers multiplies eval_loss by the number of processes.
+        self.model_accepts_loss_kwargs = False
         self.add_callback(_StepBoundary(self))
         self._step = TrainStep(self.distiller, None)
+        self._parts: list[Any] = []
+        self._counts: Mapping[str, Tensor | int] | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     @property
@@ -169,6 +202,17 @@ class QATTrainer(Trainer):
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Fetches the micro-batches of an optimizer step; see ``Trainer.get_batch_samples``.
+
+        All are known before the first of them runs, so that their items can be counted.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._parts = list(batches)
+        return batches, items
+
     def training_step(
         self,
         model: nn.Module,
@@ -177,30 +221,45 @@ class QATTrainer(Trainer):
     ) -> Tensor:
         """Runs forward and backward of one micro-batch under the stage of the global step.
 
+        The gradients of a step are those of one batch that holds the samples of all its
+        micro-batches and processes, however unequal their lengths.
+
         Args:
             model: The wrapped student.
             inputs: The batch.
-            num_items_in_batch: Not used; every micro-batch counts the same.
+            num_items_in_batch: Not used; every loss term counts its own items.
 
         Returns:
-            The detached loss.
+            The detached share of the loss: the sum over micro-batches, averaged over processes, is
+            the loss of the step.
         """
         # Transformers differ between the two modes in their dropout alone.
         model.train(getattr(self.args, "dropout", True))
-        inputs = self._prepare_inputs(inputs)
         step, length = self.state.global_step, max(self.state.max_steps, 1)
-        terms = self._step.accumulate(
-            inputs,
-            self.active_schedule(step),
-            progress=torch.full((), step / length, device=self.args.device),
-            model=model,
-            backward=self.accelerator.backward,
-            divisor=self.current_gradient_accumulation_steps,
-        )
+        stage = self.active_schedule(step)
+        parts = self._parts if any(inputs is part for part in self._parts) else [inputs]
+        begins = inputs is parts[0]
+        # Accelerate wraps the student alone in autocast; the teacher is to run in it, too.
+        with self.accelerator.autocast():
+            if begins:
+                here = [self._prepare_inputs(part) for part in parts]
+                self._counts = self._step.counts(here, stage, model=model)
+            terms = self._step.accumulate(
+                self._prepare_inputs(inputs),
+                stage,
+                progress=torch.full((), step / length, device=self.args.device),
+                model=model,
+                backward=self._backward,
+                counts=self._counts,
+            )
         for name, value in terms.items():
-            total, count = self._sums.get(name, (torch.zeros_like(value), 0))
-            self._sums[name] = (total + value, count + 1)
+            total, steps = self._sums.get(name, (torch.zeros_like(value), 0))
+            self._sums[name] = (total + value, steps + begins)
         return terms["loss"]
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):
+            self.accelerator.backward(loss)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluates a batch without intervention; see ``Trainer.prediction_step``."""
@@ -269,17 +328,24 @@ class QATTrainer(Trainer):
         Raises:
             NonFiniteLossError: The loss became NaN or infinite.
         """
-        self._refuse_non_finite()
-        if "loss" in logs and self._sums:
-            for name, (total, count) in self._sums.items():
-                if name != "loss":
-                    logs[f"loss_{name}"] = total.item() / count
-            logs["intervention"] = float(self.state.global_step <= self.active_schedule.steps)
-            self._sums = {}
+        # The processes of a run meet here, so only entries that all of them write may come in.
+        if self.args.world_size == 1 or logs.keys() & {"loss", "train_loss"}:
+            means = self._finite_means()
+            if "loss" in logs and means:
+                logs.update({f"loss_{n}": m for n, m in means.items() if n != "loss"})
+                logs["intervention"] = float(self.state.global_step <= self.active_schedule.steps)
+                self._sums = {}
         super().log(logs, start_time)
 
-    def _refuse_non_finite(self) -> None:
-        broken = [name for name, (total, _) in self._sums.items() if not torch.isfinite(total)]
+    def _finite_means(self) -> dict[str, float]:
+        """Returns the mean of every term since the last entry, over all processes."""
+        if not self._sums:
+            return {}
+        found = torch.stack([total / steps for total, steps in self._sums.values()])
+        if self.args.world_size > 1:
+            found = cast("Tensor", self.accelerator.reduce(found, reduction="mean"))
+        means = dict(zip(self._sums, found.tolist(), strict=True))
+        broken = [name for name, mean in means.items() if not math.isfinite(mean)]
         if broken:
             self._sums = {}
             raise NonFiniteLossError(
@@ -287,26 +353,37 @@ class QATTrainer(Trainer):
                 f"{self.state.global_step + 1}; lower the learning rate (now "
                 f"{self.args.learning_rate:g}) or check the data."
             )
+        return means
 
     def _run_settings(self) -> dict[str, Any]:
         state = prepared(cast("nn.Module", self.model))
         assert state is not None
         steps = self.state.max_steps
         return run_settings(
-            self.args, state.scheme, self.distiller.losses, self._active_schedule, steps
+            self.args,
+            state.scheme,
+            self.distiller.losses,
+            self._active_schedule,
+            steps,
+            self.accelerator.mixed_precision,
         )
 
     def _refuse_broken_weights(self) -> None:
-        for name, parameter in cast("nn.Module", self.model).named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise NonFiniteLossError(
-                    f"the weight {name!r} became NaN or infinite at step {self.state.global_step}; "
-                    "nothing was saved, lower the learning rate (now "
-                    f"{self.args.learning_rate:g})."
-                )
+        for name in _sharded.non_finite(cast("nn.Module", self.model)):
+            raise NonFiniteLossError(
+                f"the weight {name!r} became NaN or infinite at step {self.state.global_step}; "
+                "nothing was saved, lower the learning rate (now "
+                f"{self.args.learning_rate:g})."
+            )
+
+    def _whole_student(self) -> nn.Module:
+        student = cast("nn.Module", self.model)
+        if self._unsharded is None or not _sharded.is_sharded(student):
+            return student
+        return self._unsharded.gather(student)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._refuse_non_finite()
+        self._finite_means()
         self._refuse_broken_weights()
         run_dir = Path(self._get_output_dir(trial))
         checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
@@ -320,13 +397,17 @@ class QATTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             stage = checkpoint.with_name(f".{checkpoint.name}.partial")
+        student = self._whole_student()
         self._save_optimizer_and_scheduler(str(stage))
         self._save_scaler(str(stage))
         self._save_rng_state(str(stage))
         self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
-        _checkpoint.save_latent(cast("nn.Module", self.model), stage)
+        if self.args.should_save:
+            self._commit(student, run_dir, stage, checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _commit(self, student: nn.Module, run_dir: Path, stage: Path, checkpoint: Path) -> None:
+        _checkpoint.save_latent(student, stage)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 self._export_callback(callback)
@@ -360,15 +441,55 @@ class QATTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             _checkpoint.refuse_other_run(Path(checkpoint), self._run_settings())
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not _sharded.is_sharded(cast("nn.Module", self.model)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        optimizer = cast("torch.optim.Optimizer", self.optimizer)
+        _sharded.load_optimizer(optimizer, folder, self.args.process_index)
+        state = torch.load(folder / "scheduler.pt", weights_only=True)
+        cast("Any", self.lr_scheduler).load_state_dict(state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not _sharded.is_sharded(cast("nn.Module", self.model)):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir)
+        optimizer = cast("torch.optim.Optimizer", self.optimizer)
+        _sharded.save_optimizer(optimizer, folder, self.args.process_index)
+        if self.args.should_save:
+            torch.save(cast("Any", self.lr_scheduler).state_dict(), folder / "scheduler.pt")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the packed form with tokenizer and model card.
+
+        Of a sharded student all processes must call it; the first one writes.
+
+        Args:
+            output_dir: Folder, by default that of the arguments.
+            _internal_call: As in ``Trainer``.
+
+        Raises:
+            NonFiniteLossError: A weight is NaN or infinite.
+        """
+        if not _sharded.is_sharded(cast("nn.Module", self.model)):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._refuse_broken_weights()
+        student = self._whole_student()
+        if self.args.should_save:
+            self._write(student, output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save(
         self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes the packed form with tokenizer and model card into ``output_dir``."""
         if not self.args.should_save:
             return
         self._refuse_broken_weights()
+        self._write(cast("nn.Module", self.model), output_dir)
+
+    def _write(self, student: nn.Module, output_dir: str | None) -> None:
         folder = Path(output_dir if output_dir is not None else cast("str", self.args.output_dir))
         metrics = {
             key: value
@@ -376,7 +497,6 @@ class QATTrainer(Trainer):
             for key, value in entry.items()
             if key.startswith("eval_") and isinstance(value, float)
         }
-        student = cast("nn.Module", self.model)
         write_artefact(student, folder, processor=self._processor(), metrics=metrics)
 
     def _processor(self) -> Any:
