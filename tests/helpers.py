@@ -24,10 +24,12 @@ from transformers import (
 )
 
 import tutelage
+from tutelage.distill import losses
 
 FAMILIES = ("bert", "roberta", "distilbert")
 VOCAB, PAD = 48, 1
 STAGES = ("attention_output", "context", "attention_map")
+ENCODER_TERMS = tuple(name for name in losses._TERMS if name != "token_scaled_logits")
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique", "masked_select")
 
 
@@ -310,3 +312,11 @@ class RefuseSync(TorchDispatchMode):
         if any(name in str(func) for name in WAITING):
             raise AssertionError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
+
+
+def enable_checkpointing(model: Any, settings: dict[str, Any]) -> None:
+    """Switches gradient checkpointing on, by whichever name the library calls it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(settings)
+    else:
+        model.gradient_checkpointing_enable(settings)

@@ -24,8 +24,8 @@ def resolve(model: nn.Module, scheme: Scheme, sites: SiteMap) -> dict[str, Modul
         sites: The model's sites.
 
     Raises:
-        SchemeError: Nothing matches, a rule matches nothing, or rules disagree about a weight
-            that modules share.
+        SchemeError: Nothing matches, a rule matches nothing, rules disagree about a weight that
+            modules share, or attention that is written by hand would have to be quantized.
     """
     candidates = _candidates(model, scheme)
     for rule in scheme.rules:
@@ -43,6 +43,12 @@ def resolve(model: nn.Module, scheme: Scheme, sites: SiteMap) -> dict[str, Modul
         )
     if scheme.attention is not None:
         for block in sites.blocks:
+            if not block.interface:
+                raise SchemeError(
+                    f"{block.attention!r} computes its attention by hand, outside transformers' "
+                    "AttentionInterface, so that its products cannot be quantized; use "
+                    f"Scheme.preset({scheme.name!r}).without_attention()."
+                )
             modules[block.attention] = ModuleSpec(kind="attention", attention=scheme.attention)
     return modules
 

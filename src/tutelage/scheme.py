@@ -245,6 +245,10 @@ class Scheme(_Spec):
 
         return tuple(PRESETS)
 
+    def without_attention(self) -> Scheme:
+        """Returns the same scheme with the products inside attention in full precision."""
+        return self.model_copy(update={"attention": None})
+
     def rule_for(self, name: str) -> Rule | None:
         """Returns the rule that decides about the module called ``name``, if there is one."""
         return next((rule for rule in self.rules if rule.matches(name)), None)

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 
 import tutelage
-from helpers import FAMILIES, PRESETS, RefuseSync, inputs_of, make_batch, pair, same_bits, tiny
-from tutelage import Distiller, TrainStep, losses
+from helpers import (
+    ENCODER_TERMS,
+    FAMILIES,
+    PRESETS,
+    RefuseSync,
+    inputs_of,
+    make_batch,
+    pair,
+    same_bits,
+    tiny,
+)
+from tutelage import Distiller, TrainStep
 from tutelage.distill.losses import Losses
 from tutelage.intervention import stages
 from tutelage.nn import QuantLinear
 
-_EVERYTHING = Losses.of(dict.fromkeys(losses._TERMS, 1.0))
+_EVERYTHING = Losses.of(dict.fromkeys(ENCODER_TERMS, 1.0))
 
 
 def _bf16() -> torch.autocast:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel
 
 import tutelage
-from helpers import FAMILIES, inputs_of, make_batch, pair, tiny, tiny_config
+from helpers import FAMILIES, enable_checkpointing, inputs_of, make_batch, pair, tiny, tiny_config
 from tutelage import Distiller, losses
 from tutelage.distill import SAMPLE_IDS, LiveTeacher, TeacherSource
 from tutelage.distill.losses import Losses
@@ -351,7 +351,7 @@ def test_gradient_checkpointing_gives_equal_gradients(stage: str) -> None:
     for reentrant in (None, False):
         student, teacher = pair("bert", dropout=0.0)
         if reentrant is not None:
-            student.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(student, {"use_reentrant": reentrant})
         step = Distiller(student.train(), teacher).step(make_batch(), stage)
         step.loss.backward()
         found.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
@@ -363,7 +363,7 @@ def test_gradient_checkpointing_gives_equal_gradients(stage: str) -> None:
 
 def test_reentrant_gradient_checkpointing_is_refused() -> None:
     student, teacher = pair("bert")
-    student.gradient_checkpointing_enable({"use_reentrant": True})
+    enable_checkpointing(student, {"use_reentrant": True})
     distiller = Distiller(student.train(), teacher)
     with pytest.raises(UnsupportedModelError, match="'use_reentrant': False"):
         distiller.step(make_batch())

@@ -23,8 +23,9 @@ from tutelage.distill import (
     SignalMSE,
     StepContext,
 )
+from tutelage.distill._token_scaled import TokenScaledLogits
 from tutelage.distill.losses import Losses, WeightedTerm
-from tutelage.errors import DataError, RecipeError
+from tutelage.errors import DataError, RecipeError, UnsupportedModelError
 from tutelage.intervention import stages
 
 
@@ -455,6 +456,45 @@ def test_loss_is_the_weighted_sum(stage: str) -> None:
         assert mean == pytest.approx(step.terms[name].item(), rel=1e-6)
 
 
+def _loop_token_scaled(
+    student: Tensor, teacher: Tensor, ids: Tensor, mask: Tensor | None, temperature: float
+) -> float:
+    total = 0.0
+    for row in range(len(ids)):
+        surprise, divergence = [], []
+        for t in range(ids.shape[1] - 1):
+            if mask is not None and not (mask[row, t] and mask[row, t + 1]):
+                continue
+            p = teacher[row, t].double().softmax(-1).tolist()
+            q = student[row, t].double().softmax(-1).tolist()
+            surprise.append(-math.log(p[int(ids[row, t + 1])]) / temperature)
+            divergence.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+        scale = sum(math.exp(s) for s in surprise)
+        total += sum(math.exp(s) / scale * d for s, d in zip(surprise, divergence, strict=True))
+    return total / len(ids)
+
+
+@given(_contexts(), st.floats(0.1, 20.0))
+def test_token_scaled_logits(context: StepContext, temperature: float) -> None:
+    made = torch.Generator().manual_seed(3)
+    rows, tokens = context.student["embeddings"][0].shape[:2]
+    student, teacher = (3 * torch.randn(rows, tokens, 5, generator=made) for _ in range(2))
+    ids = torch.randint(5, (rows, tokens), generator=made)
+    context = _with(
+        context, student_logits=student, teacher_logits=teacher, token_ids=ids, stage="none"
+    )
+    value = TokenScaledLogits(temperature=temperature)(context)
+    expected = _loop_token_scaled(student, teacher, ids, context.token_mask, temperature)
+    assert _mean(value) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_token_scaled_logits_need_a_language_model() -> None:
+    student, teacher = pair("bert")
+    distiller = Distiller(student, teacher, Losses.of({"token_scaled_logits": 1.0}))
+    with pytest.raises(UnsupportedModelError, match="prediction of the next token at every token"):
+        distiller.step(make_batch())
+
+
 # Sets of losses.
 
 
@@ -493,7 +533,7 @@ def test_every_name_makes_a_term_of_that_name() -> None:
         ),
         pytest.param(
             lambda: Losses.of({"zzz": 1.0}),
-            r"no loss term 'zzz'; use one of .*'labels'\.$",
+            r"no loss term 'zzz'; use one of .*'token_scaled_logits'\.$",
             id="odd",
         ),
         pytest.param(

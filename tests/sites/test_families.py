@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from families import FAMILIES, make_inputs, make_model, output_of
-from helpers import STAGES, hooks_of
+from helpers import STAGES, enable_checkpointing, hooks_of
 from tutelage.errors import SiteError, UnsupportedModelError
 from tutelage.nn import use_attention
 from tutelage.sites import SITES, Site, SiteMap, Tap, discover
@@ -256,7 +256,7 @@ def _gradients(model: Any, name: str, stage: Any, teacher: Any, checkpointed: bo
     student, inputs = copy.deepcopy(model), make_inputs(name)
     sites = discover(student)
     if checkpointed:
-        _enable(student, {"use_reentrant": False})
+        enable_checkpointing(student, {"use_reentrant": False})
     student.train()
     before = hooks_of(student)  # the library hangs one of its own on the embeddings
     record: tuple[Site, ...] = ("attention_map", "attention_output", "block_output")
@@ -281,13 +281,6 @@ def _gradients(model: Any, name: str, stage: Any, teacher: Any, checkpointed: bo
     return {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
-def _enable(model: Any, settings: dict[str, Any]) -> None:
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(settings)
-    else:
-        model.gradient_checkpointing_enable(settings)
-
-
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", _CHECKPOINTING)
 def test_gradient_checkpointing_gives_equal_gradients(name: str, stage: Any) -> None:
@@ -309,7 +302,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name: str, stage: Any) -> 
 def test_reentrant_checkpointing_is_refused(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
     sites = discover(model)
-    _enable(model, {"use_reentrant": True})
+    enable_checkpointing(model, {"use_reentrant": True})
     model.train()
     before = hooks_of(model)
     with (

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, TrainerCallback
 
 import tutelage
-from helpers import differing, pair, tiny, trainer_for, weights_of
+from helpers import ENCODER_TERMS, differing, pair, tiny, trainer_for, weights_of
 from tutelage import Schedule, losses
 from tutelage.distill.losses import Losses
 from tutelage.errors import CheckpointError
@@ -365,7 +365,7 @@ _OTHER: dict[str, dict[str, Any]] = {
     "schedule-steps": {"schedule": Schedule.gradual(5)},
     "learning_rate": {"learning_rate": 2e-3},
     "losses": {"losses": Losses.of({"logits": 1.0, "attention_scores": 1.0})},
-    "weights": {"losses": Losses.of(dict.fromkeys(losses._TERMS, 0.5))},
+    "weights": {"losses": Losses.of(dict.fromkeys(ENCODER_TERMS, 0.5))},
     "local": {"losses": losses.default(local="code")},
     "optimizer": {"qat_optimizer": "bert_adam"},
     "optim": {"optim": "sgd"},

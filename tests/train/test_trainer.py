@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import tutelage
 from helpers import (
+    ENCODER_TERMS,
     FAMILIES,
     differing,
     hooks_of,
@@ -335,7 +336,7 @@ def test_gradient_accumulation(tmp_path: Path) -> None:
         gradient_accumulation_steps=3,
         logging_strategy="steps",
         logging_steps=1,
-        losses=losses.Losses.of(dict.fromkeys(losses._TERMS.keys() - {"labels"}, 1.0)),
+        losses=losses.Losses.of(dict.fromkeys(set(ENCODER_TERMS) - {"labels"}, 1.0)),
     )
     calls = _spy(trainer)
     seen: list[float] = []

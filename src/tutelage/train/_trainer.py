@@ -16,10 +16,10 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from .._prepare import prepared
 from ..distill import SAMPLE_IDS, Distiller, LiveTeacher, TeacherSource, TrainStep
 from ..distill.losses import Losses
-from ..errors import CheckpointError, NonFiniteLossError, RecipeError, UnsupportedModelError
+from ..errors import CheckpointError, NonFiniteLossError, RecipeError
 from ..export import write_artefact
 from ..intervention import Schedule
-from . import _checkpoint, _sharded
+from . import _checkpoint, _limits, _sharded
 from ._arguments import QATArguments
 from ._optim import BertAdam, reset_state, two_step_multiplier
 from ._settings import run_settings
@@ -41,17 +41,6 @@ class _StepBoundary(TrainerCallback):
         steps = self._trainer.active_schedule.steps
         if 0 < steps == state.global_step:
             reset_state(cast("Any", self._trainer.optimizer))
-
-
-def _check_distributed(args: TrainingArguments) -> None:
-    if args.world_size == 1:
-        return
-    if args.ddp_find_unused_parameters is False or args.ddp_static_graph:
-        raise RecipeError(
-            "which parameters receive a gradient depends on the stage; leave out "
-            "ddp_find_unused_parameters=False and ddp_static_graph=True."
-        )
-    args.ddp_find_unused_parameters = True
 
 
 class QATTrainer(Trainer):
@@ -100,8 +89,8 @@ class QATTrainer(Trainer):
             **kwargs: Passed to ``Trainer``.
 
         Raises:
-            UnsupportedModelError: The student was not prepared, or sharded training or float16 was
-                asked for.
+            UnsupportedModelError: The student was not prepared, or float16, or a kind of
+                parallelism that does not fit was asked for.
             IncompatibleTeacherError: Teacher and student do not fit.
             RecipeError: Several processes, and a setting of DDP under which they would fail.
         """
@@ -109,7 +98,7 @@ class QATTrainer(Trainer):
         self.schedule = schedule
         self._active_schedule = schedule
         args = args if args is not None else QATArguments()
-        _check_distributed(args)
+        _limits.check_ddp(args)
         super().__init__(
             model=student,
             args=args,
@@ -125,29 +114,8 @@ class QATTrainer(Trainer):
         if self.is_fsdp_enabled:
             _sharded.check_plugin(self.accelerator.state.fsdp_plugin, student)
             self._unsharded = _sharded.Unsharded(student)
-        # Without a GPU accelerate passes over fsdp in silence.
-        elif self.args.fsdp:
-            raise UnsupportedModelError(
-                "accelerate shards models over several GPUs only; leave out fsdp, or call "
-                "TrainStep in a loop of your own on a student that went through fully_shard."
-            )
-        if self.is_deepspeed_enabled or self.args.parallelism_config is not None:
-            raise UnsupportedModelError(
-                "QATTrainer trains in parallel over samples only; start it without DeepSpeed and "
-                "parallelism_config."
-            )
-        precision = "fp16" if self.args.fp16 else self.accelerator.mixed_precision
-        full_eval = self.args.fp16_full_eval or self.args.bf16_full_eval
-        if precision not in ("no", "bf16") or full_eval:
-            raise UnsupportedModelError(
-                "QATTrainer trains in float32 or with bf16=True; leave out fp16, whose gradients "
-                "vanish, and fp16_full_eval and bf16_full_eval, which would round latent weights."
-            )
-        if self.args.n_gpu > 1:
-            raise UnsupportedModelError(
-                f"QATTrainer does not split a batch over {self.args.n_gpu} GPUs in one process; "
-                "start it with torchrun or accelerate launch, or show it one GPU."
-            )
+        _limits.check_parallelism(self)
+        _limits.check_precision(self.args, self.accelerator.mixed_precision)
         if isinstance(self.distiller.teacher, LiveTeacher):
             self.distiller.teacher.model.to(self.args.device)
         # Otherwise transformers multiplies eval_loss by the number of processes.
