@@ -24,8 +24,8 @@ def result_table(result: RunResult) -> Table:
     table.add_column("")
     table.add_column("teacher\nfloat32", justify="right")
     table.add_column(f"student\n{result.scheme}", justify="right")
-    for name in [result.metric, *(n for n in ours.metrics if n != result.metric)]:
-        values = (f"{100 * figures.metrics[name]:.2f} %" for figures in (theirs, ours))
+    for name in sorted(ours.metrics, key=lambda name: name != result.metric):
+        values = (_shown(name, figures.metrics[name]) for figures in (theirs, ours))
         table.add_row(name.replace("_", " "), *values)
     if result.agreement is not None and result.kl is not None:
         table.add_row("agreement", "", f"{100 * result.agreement:.2f} %")
@@ -47,8 +47,15 @@ def evaluation_table(found: Evaluation) -> Table:
     table = Table(title=f"{found.task}, {found.examples:,} examples")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name in [found.metric, *(n for n in found.metrics if n != found.metric)]:
-        table.add_row(name.replace("_", " "), f"{100 * found.metrics[name]:.2f} %")
+    for name in sorted(found.metrics, key=lambda name: name != found.metric):
+        table.add_row(name.replace("_", " "), _shown(name, found.metrics[name]))
     table.add_row("bytes on disk", f"{found.bytes:,}")
     table.caption = f"of {found.source}"
     return table
+
+
+def _shown(name: str, value: float) -> str:
+    from .train.metrics import METRICS
+
+    fraction = name not in METRICS or METRICS[name].fraction
+    return f"{100 * value:.2f} %" if fraction else f"{value:,.4g}"

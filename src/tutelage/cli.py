@@ -104,7 +104,7 @@ def evaluate(
         bool, typer.Option("--no-header", help="The first line is an example.")
     ] = False,
     task: Annotated[
-        str | None, typer.Option(help="classification, pair, regression or pair_regression.")
+        str | None, typer.Option(help="What the data are for, as data.task of a recipe.")
     ] = None,
     encoding: Annotated[str | None, typer.Option(help="Encoding of text files.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens after which text is cut.")] = None,
@@ -137,13 +137,17 @@ def evaluate(
 @app.command()
 def predict(
     folder: _Folder,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.")],
+    texts: Annotated[
+        list[str],
+        typer.Argument(metavar="TEXT...", help="Texts, or image files, or contexts of questions."),
+    ],
     pair: Annotated[
-        list[str] | None, typer.Option(help="The second text, once for each TEXT.")
+        list[str] | None,
+        typer.Option(help="The second text, or the question, once for each TEXT."),
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Label texts with a saved student."""
+    """Say what a saved student makes of texts or images."""
     section = _stored_section(folder)
     if section is not None and section.task.startswith("pair") and not pair:
         raise DataError(
@@ -156,10 +160,8 @@ def predict(
     for given, found in zip(texts, predict_texts(folder, texts, pair, length), strict=True):
         if as_json:
             typer.echo(json.dumps({"text": given, **asdict(found)}, ensure_ascii=False))
-        elif found.label is None:
-            typer.echo(f"{found.value:.4f}\t{given}")
         else:
-            typer.echo(f"{found.label}\t{found.probability:.4f}\t{given}")
+            typer.echo(found.line(given))
 
 
 @app.command()

@@ -35,7 +35,8 @@ class BatchItems:
 
     Attributes:
         rows: Number of samples.
-        positions: Shape of the predictions without the classes: (batch,) or (batch, tokens).
+        positions: Shape of the predictions without the classes: (batch,), (batch, tokens), or
+            (batch, 2) of start and end of an answer.
         token_mask: True for real tokens of the input, (batch, tokens); ``None`` where all are real.
         prediction_mask: The same of the tokens that predictions per token belong to.
         labels: Labels of the batch where a term asked for them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from ._teacher import TeacherSource
 
 __all__ = ["ItemReader", "ModelInputs", "read_inputs", "refuse_other_items", "token_mask"]
 
+_Positions = Literal["samples", "tokens", "answers"]
 _TEXT = ("attention_mask", "input_ids", "inputs_embeds")
 
 
@@ -62,8 +63,8 @@ def read_inputs(batch: Mapping[str, Any], model: nn.Module) -> ModelInputs:
 class ItemReader:
     """Says what a batch holds from its shapes and masks.
 
-    Whether a model predicts per sample or per token is asked of the teacher once, with the first
-    batch of a kind.
+    Whether a model predicts per sample, per token, or start and end of an answer is asked of the
+    teacher once, with the first batch of a kind.
     """
 
     def __init__(self, teacher: TeacherSource, sites: SiteMap) -> None:
@@ -74,7 +75,7 @@ class ItemReader:
             sites: The student's sites.
         """
         self._teacher, self._sites = teacher, sites
-        self._per_token: dict[tuple[str, ...], bool] = {}
+        self._kinds: dict[tuple[str, ...], _Positions] = {}
 
     def __call__(
         self, given: ModelInputs, keys: Tensor | None, labels: Tensor | None
@@ -97,13 +98,14 @@ class ItemReader:
         tokens = tensors.get("decoder_input_ids", first)
         rows = first.shape[0]
         kind = tuple(sorted(tensors))
-        if kind not in self._per_token:
+        if kind not in self._kinds:
             expected = (rows, tokens.shape[1]) if tokens.dim() > 1 else (rows,)
-            self._per_token[kind] = self._ask(given.inputs, keys, expected)
-        per_token = self._per_token[kind]
+            self._kinds[kind] = self._ask(given.inputs, keys, expected)
+        found = self._kinds[kind]
+        positions = {"samples": (rows,), "answers": (rows, 2)}
         return BatchItems(
             rows=rows,
-            positions=(rows, tokens.shape[1]) if per_token else (rows,),
+            positions=(rows, tokens.shape[1]) if found == "tokens" else positions[found],
             token_mask=given.token_mask,
             prediction_mask=given.token_mask if given.decoder_mask is None else given.decoder_mask,
             labels=labels,
@@ -113,16 +115,18 @@ class ItemReader:
 
     def _ask(
         self, inputs: Mapping[str, Any], keys: Tensor | None, expected: tuple[int, ...]
-    ) -> bool:
+    ) -> _Positions:
         values, _ = self._teacher.get(inputs, keys, ())
         positions = tuple(values.shape[:-1])
+        if tuple(values.shape) == (expected[0], 2, *expected[1:]) and len(expected) == 2:
+            return "answers"
         if positions not in (expected[:1], expected):
             raise UnsupportedModelError(
                 f"the predictions of a batch of {expected[0]} samples have shape "
                 f"{tuple(values.shape)}, neither per sample nor per token; train it in one process "
                 "and without gradient accumulation."
             )
-        return len(positions) == 2
+        return "tokens" if len(positions) == 2 else "samples"
 
 
 def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:

@@ -41,8 +41,9 @@ class Prediction(NamedTuple):
     """What a model predicts.
 
     Attributes:
-        values: Logits (*positions, classes), or the last hidden state (batch, tokens, width).
-        has_logits: Which of the two.
+        values: Logits (*positions, classes); start and end logits of an answer, (batch, 2, tokens);
+            or the last hidden state (batch, tokens, width).
+        has_logits: Whether they are logits.
     """
 
     values: Tensor
@@ -52,12 +53,17 @@ class Prediction(NamedTuple):
 def prediction(output: Any) -> Prediction:
     """Returns the logits of a model output, or its last hidden state where there are none.
 
+    Start and end logits of an answer, each over the tokens, are stacked.
+
     Args:
         output: What a transformers model returned.
 
     Raises:
         UnsupportedModelError: It has neither.
     """
+    spans = getattr(output, "start_logits", None), getattr(output, "end_logits", None)
+    if isinstance(spans[0], Tensor) and isinstance(spans[1], Tensor):
+        return Prediction(torch.stack((spans[0], spans[1]), dim=1), True)
     for name in ("logits", "last_hidden_state"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):

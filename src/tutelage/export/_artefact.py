@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -89,6 +90,8 @@ def _write(student: nn.Module, stage: Path, processor: Any, metrics: Mapping[str
     processor = processor if processor is not None else _processor_of(model)
     if processor is not None:
         processor.save_pretrained(stage)
+    else:
+        _copy_image_processor(model, stage)
     write_text(stage / "README.md", model_card(student, _require_prepared(student), metrics))
 
 
@@ -105,6 +108,13 @@ def _processor_of(model: Any) -> Any:
             f"the tokenizer in {source} could not be read ({type(error).__name__}); pass a good "
             "one as processor."
         ) from error
+
+
+def _copy_image_processor(model: Any, stage: Path) -> None:
+    # A copy of the file needs no Pillow, which transformers wants to make the object.
+    source = Path(str(getattr(model, "name_or_path", "") or "")) / "preprocessor_config.json"
+    if source.is_file():
+        shutil.copyfile(source, stage / source.name)
 
 
 def load(path: str | Path) -> nn.Module:

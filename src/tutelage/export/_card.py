@@ -36,9 +36,7 @@ def model_card(student: nn.Module, state: Prepared, metrics: Mapping[str, Any]) 
         "",
         "```python",
         "import tutelage",
-        "from transformers import pipeline",
-        "",
-        'classify = pipeline("text-classification", "PATH/TO/THIS/FOLDER")',
+        *_usage(type(student).__name__),
         "```",
         "",
     ]
@@ -47,6 +45,24 @@ def model_card(student: nn.Module, state: Prepared, metrics: Mapping[str, Any]) 
         lines += [f"| {name} | {_show(value)} |" for name, value in metrics.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+_PIPELINES = {
+    "ForSequenceClassification": ("classify", "text-classification"),
+    "ForTokenClassification": ("label", "token-classification"),
+    "ForImageClassification": ("classify", "image-classification"),
+    "ForCausalLM": ("generate", "text-generation"),
+    "LMHeadModel": ("generate", "text-generation"),
+}
+"""From the end of a model's class to a variable and the pipeline of transformers."""
+
+
+def _usage(name: str) -> list[str]:
+    for end, (variable, task) in _PIPELINES.items():
+        if name.endswith(end):
+            call = f'{variable} = pipeline("{task}", "PATH/TO/THIS/FOLDER")'
+            return ["from transformers import pipeline", "", call]
+    return ["", 'model = tutelage.load("PATH/TO/THIS/FOLDER")']
 
 
 def _show(value: Any) -> str:

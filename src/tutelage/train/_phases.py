@@ -10,17 +10,16 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from .._prepare import prepare
 from ..export import staged_directory, write_failures_as_os_error
 from ._arguments import QATArguments
 from ._checkpoint import latest_checkpoint
-from ._models import load_classifier, load_config
+from ._models import load_config, load_model
 from ._output import CHECKPOINTS, TEACHER
 from ._plan import Plan, save_and_eval_steps
 from ._trainer import QATTrainer
-from .metrics import evaluate_metrics
 from .progress import Progress
 
 __all__ = ["ProgressFactory", "obtain_teacher", "train_student"]
@@ -58,12 +57,12 @@ def obtain_teacher(
     else:
         name = plan.recipe.model.name_or_path
         report(
-            f"{name} has no classification head for the task: it is fine-tuned first, to be "
-            "the teacher"
+            f"{name} has no {plan.task.head.short or plan.task.head.name} for the task: it is "
+            "fine-tuned first, to be the teacher"
         )
         _fine_tune(plan, progress)
     config = load_config(str(folder), "the teacher")
-    return load_classifier(str(folder), config, plan.task, "the teacher"), True
+    return load_model(str(folder), config, plan.task, "the teacher"), True
 
 
 def _fine_tune(plan: Plan, progress: ProgressFactory | None) -> None:
@@ -82,13 +81,14 @@ def _fine_tune(plan: Plan, progress: ProgressFactory | None) -> None:
             **_common(plan),
         ),
         train_dataset=plan.train,
-        data_collator=DataCollatorWithPadding(plan.tokenizer),
+        data_collator=cast("Any", plan.task.collator(plan.processor)),
+        compute_loss_func=plan.task.loss,
     )
     _train(trainer, "teacher", progress)
     with staged_directory(plan.folder / TEACHER) as stage:
         with write_failures_as_os_error():
             model.save_pretrained(stage)
-        plan.tokenizer.save_pretrained(stage)
+        plan.processor.save_pretrained(stage)
 
 
 def train_student(
@@ -122,7 +122,7 @@ def train_student(
     if section.keep == "best":
         chosen["load_best_model_at_end"] = True
         chosen["metric_for_best_model"] = plan.task.metric
-        chosen["greater_is_better"] = True
+        chosen["greater_is_better"] = plan.task.greater_is_better
     set_seed(plan.recipe.seed)
     trainer = QATTrainer(
         cast("Any", student),
@@ -144,9 +144,13 @@ def train_student(
         losses=plan.losses,
         train_dataset=plan.train,
         eval_dataset=plan.eval,
-        data_collator=DataCollatorWithPadding(plan.tokenizer),
-        processing_class=plan.tokenizer,
-        compute_metrics=lambda found: _metrics(plan, found),
+        data_collator=cast("Any", plan.task.collator(plan.processor)),
+        processing_class=plan.processor,
+        compute_metrics=lambda found: plan.task.metrics(list(found.predictions), plan.eval),
+        compute_loss_func=plan.task.loss,
+        preprocess_logits_for_metrics=lambda outputs, labels: plan.task.reduce(
+            plan.task.values(outputs), labels
+        ),
     )
     checkpoint = latest_checkpoint(plan.folder / CHECKPOINTS) if resume else None
     if checkpoint is not None:
@@ -158,7 +162,8 @@ def train_student(
 def _common(plan: Plan) -> dict[str, Any]:
     return {
         "output_dir": str(plan.folder / CHECKPOINTS),
-        "per_device_eval_batch_size": 64,
+        "per_device_eval_batch_size": plan.task.eval_batch_size,
+        "label_names": ["labels"],
         "logging_steps": _LOGGING_STEPS,
         "seed": plan.recipe.seed,
         "report_to": "none",
@@ -189,9 +194,3 @@ def _train(
     finally:
         if shown is not None:
             shown.close()
-
-
-def _metrics(plan: Plan, found: Any) -> dict[str, float]:
-    logits = found.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return evaluate_metrics(plan.task.kind, logits, found.label_ids)

@@ -13,13 +13,12 @@ from torch import nn
 from .._prepare import prepare
 from ..distill import Distiller, losses
 from ..distill.losses import Losses
-from ..errors import DataError, IncompatibleTeacherError, RecipeError
+from ..errors import IncompatibleTeacherError, RecipeError
 from ..intervention import Schedule
 from ..scheme import Scheme
-from ._models import encode_for, load_classifier, load_config, load_tokenizer, position_limit
-from .data import read_train_and_eval
+from ._models import auto_class, encode_for, load_config, load_model
 from .recipe import Recipe, StudentSection
-from .tasks import EncodedDataset, TextTask, build_task, has_head
+from .tasks import TASKS, Head, Task, TaskDataset
 
 __all__ = ["Plan", "make_losses", "make_plan", "make_schedule", "save_and_eval_steps"]
 
@@ -35,9 +34,9 @@ class Plan:
         schedule: When the teacher intervenes.
         losses: The student's losses.
         task: Labels and metric.
-        tokenizer: The models' tokenizer.
-        train: Training examples as token ids.
-        eval: Evaluation examples as token ids.
+        processor: The models' tokenizer or image processor.
+        train: Training examples as inputs.
+        eval: Evaluation examples as inputs.
         model: The model to compress, with a head, fresh or its own.
         model_has_head: Whether the head is its own.
         teacher: The teacher that the recipe names; ``None`` where it is the model itself.
@@ -48,10 +47,10 @@ class Plan:
     scheme: Scheme
     schedule: Schedule
     losses: Losses
-    task: TextTask
-    tokenizer: Any
-    train: EncodedDataset
-    eval: EncodedDataset
+    task: Task
+    processor: Any
+    train: TaskDataset
+    eval: TaskDataset
     model: nn.Module
     model_has_head: bool
     teacher: nn.Module | None
@@ -73,22 +72,30 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
     name, teacher_name = recipe.model.name_or_path, recipe.model.teacher
     config = load_config(name)
     guide = config if teacher_name is None else load_config(teacher_name, "model.teacher")
-    if teacher_name is not None and not has_head(guide):
+    kind = TASKS[recipe.data.task]
+    if teacher_name is not None and not kind.head.on(guide):
         raise RecipeError(
-            f"model.teacher {teacher_name!r} has no sequence classification head; give a "
+            f"model.teacher {teacher_name!r} has no {kind.head.name}; give a "
             "fine-tuned model, or leave model.teacher out to have the model fine-tuned."
         )
-    train, eval = read_train_and_eval(recipe.data)
-    task = build_task(train, recipe.data, eval, guide)
-    tokenizer = load_tokenizer(name)
-    _refuse_other_labels(config, guide)
-    model = load_classifier(name, config, task)
+    train, eval = kind.read(recipe.data)
+    task = kind.build(train, recipe.data, eval, guide)
+    _refuse_evaluation_without_labels(recipe, task)
+    auto_class(name, config, kind.head)
+    processor = kind.load_processor(name, config)
+    files = [Path(name) / file for file in kind.processor_files]
+    if files and Path(name).is_dir() and not any(file.is_file() for file in files):
+        report(f"{name} holds no {kind.processor_name}: the default is used")
+    if task.label_names:
+        _refuse_other_labels(config, guide, kind.head)
+    model = load_model(name, config, task)
     teacher = None
     if teacher_name is not None:
-        _refuse_other_tokenizer(tokenizer, teacher_name)
-        teacher = load_classifier(teacher_name, guide, task, "model.teacher")
+        kind.refuse_other_processor(processor, teacher_name)
+        teacher = load_model(teacher_name, guide, task, "model.teacher")
+    models = [model] if teacher is None else [model, teacher]
+    limit = task.limit(recipe.data, models, processor, report)
     _try(model, teacher, scheme, terms)
-    limit = _token_limit(recipe, model, teacher, tokenizer, report)
     return Plan(
         recipe=recipe,
         folder=Path(recipe.output),
@@ -96,11 +103,11 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
         schedule=schedule,
         losses=terms,
         task=task,
-        tokenizer=tokenizer,
-        train=encode_for(model, task, train, tokenizer, limit),
-        eval=encode_for(model, task, eval, tokenizer, limit),
+        processor=processor,
+        train=encode_for(model, task, train, processor, limit),
+        eval=encode_for(model, task, eval, processor, limit),
         model=model,
-        model_has_head=has_head(config),
+        model_has_head=kind.head.on(config),
         teacher=teacher,
     )
 
@@ -141,8 +148,18 @@ def save_and_eval_steps(section: StudentSection) -> tuple[int, int | None]:
     return steps, steps
 
 
-def _refuse_other_labels(config: Any, guide: Any) -> None:
-    if config is guide or not has_head(config):
+def _refuse_evaluation_without_labels(recipe: Recipe, task: Task) -> None:
+    section = recipe.student
+    if not task.labelled and (section.eval_steps is not None or section.keep == "best"):
+        key = "eval_steps" if section.eval_steps is not None else "keep"
+        raise RecipeError(
+            f"student.{key} asks for metrics while training, which need labels, and data.label is "
+            "null; leave it out (the finished student is compared with its teacher)."
+        )
+
+
+def _refuse_other_labels(config: Any, guide: Any, head: Head) -> None:
+    if config is guide or not head.on(config):
         return
     own, other = ({int(i): str(n) for i, n in c.id2label.items()} for c in (config, guide))
     named = [not all(n == f"LABEL_{i}" for i, n in names.items()) for names in (own, other)]
@@ -154,40 +171,7 @@ def _refuse_other_labels(config: Any, guide: Any) -> None:
         )
 
 
-def _refuse_other_tokenizer(tokenizer: Any, teacher: str) -> None:
-    try:
-        other = load_tokenizer(teacher, "model.teacher")
-    except RecipeError:
-        return
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise IncompatibleTeacherError(
-            f"model.teacher {teacher!r} has another vocabulary than the model; give a teacher with "
-            "the same tokenizer."
-        )
-
-
 def _try(model: nn.Module, teacher: nn.Module | None, scheme: Scheme, terms: Losses) -> None:
     """Prepares a copy, so that a model that cannot be a student is refused at once."""
     trial = prepare(copy.deepcopy(model), scheme)
     Distiller(trial, copy.deepcopy(model) if teacher is None else teacher, terms)
-
-
-def _token_limit(
-    recipe: Recipe,
-    model: nn.Module,
-    teacher: nn.Module | None,
-    tokenizer: Any,
-    report: Callable[[str], None],
-) -> int:
-    wanted = recipe.data.max_length
-    limits = [position_limit(m) for m in (model, teacher) if m is not None]
-    limit = min([wanted, *(n for n in limits if n is not None)])
-    special = tokenizer.num_special_tokens_to_add(pair=recipe.data.text_pair is not None)
-    if limit <= special:
-        raise DataError(
-            f"data.max_length {limit} leaves no room for text beside {special} special tokens; "
-            "raise it."
-        )
-    if limit < wanted:
-        report(f"texts are cut after {limit} tokens: the model has no more positions")
-    return limit

@@ -184,8 +184,11 @@ def _name_and_config(source: str) -> tuple[str, str | None]:
 def _values(table: Any, name: str) -> list[Any]:
     """Returns a column as a list, class numbers as names (None where there is none)."""
     feature, values = table.features[name], list(table[name])
+    inner = getattr(feature, "feature", None)
     if hasattr(feature, "int2str"):
         values = [None if v is None or v < 0 else feature.int2str(v) for v in values]
+    elif inner is not None and hasattr(inner, "int2str"):
+        values = [None if row is None else [inner.int2str(v) for v in row] for row in values]
     return values
 
 

@@ -25,7 +25,8 @@ class Figures(_Record):
     """Figures of one model.
 
     Attributes:
-        metrics: Every metric that fits the task, by name, as fractions.
+        metrics: Every metric that fits the task, by name, as fractions; perplexity and loss as
+            they are. Empty for data without labels.
         bytes: Size of the weights; of a teacher 4 bytes times its parameters, of a student the
             size of its files.
         parameters: Number of parameters.
@@ -42,15 +43,17 @@ class RunResult(_Record):
     Attributes:
         folder: Where the student is.
         task: Kind of the task.
-        metric: Name of the headline metric.
+        metric: Name of the headline metric; ``"agreement"`` for data without labels.
         scheme: Name of the student's scheme.
-        train_examples: Number of training examples.
-        eval_examples: Number of evaluation examples.
+        train_examples: Number of training examples; windows of contexts, or blocks of text, are
+            counted singly.
+        eval_examples: Number of evaluation examples, likewise.
         teacher: Figures of the teacher in float32.
         student: Figures of the student as it was loaded from its files.
         teacher_fine_tuned: Whether the run fine-tuned the teacher.
-        agreement: Share of examples with the same label; ``None`` for a regression.
-        kl: Mean KL(teacher || student) in nats; ``None`` for a regression.
+        agreement: Share of the compared predictions (of examples, or of the tokens in them) with
+            the same class; ``None`` for a regression.
+        kl: Mean KL(teacher || student) over them in nats; ``None`` for a regression.
         seconds: Seconds of every phase in the process that finished the run.
         seed: Seed of the run.
         threads: CPU threads of torch.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +20,16 @@ __all__ = [
     "TeacherSection",
 ]
 
+TaskName = Literal[
+    "classification",
+    "pair",
+    "regression",
+    "pair_regression",
+    "image_classification",
+    "causal_lm",
+    "token_classification",
+    "question_answering",
+]
 Stage = Literal["none", "attention_output", "context", "attention_map"]
 
 
@@ -75,12 +85,23 @@ class ModelSection(_Section):
     )
 
 
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "image_classification": {"text": "image"},
+    "token_classification": {"text": "tokens", "label": "tags"},
+    "question_answering": {
+        "text": "context",
+        "text_pair": "question",
+        "label": "answers",
+        "max_length": 384,
+    },
+}
+"""Defaults of the data section that depend on its task."""
+
+
 class DataSection(_Section):
     """Which examples are read, and where text and label are found in them."""
 
-    task: Literal["classification", "pair", "regression", "pair_regression"] = Field(
-        default="classification", description="what a label is, and whether texts come in pairs"
-    )
+    task: TaskName = Field(default="classification", description="what a label is, and of what")
     train: str = Field(description="a file, a folder of class folders, or a datasets name[:config]")
     eval: str | None = Field(
         default=None, description="evaluation data; default: a part of train (eval_split)"
@@ -88,14 +109,25 @@ class DataSection(_Section):
     eval_split: ShareOrCount | None = Field(
         default=None, description="share or number of train examples kept for evaluation"
     )
-    text: Column = Field(default="text", description="text column, by name or 0-based position")
-    text_pair: Column | None = Field(default=None, description="column of the second text")
-    label: Column = Field(default="label", description="label column, by name or position")
+    text: Column = Field(
+        default="text",
+        description="column of texts (images, word lists, contexts), by name or 0-based position",
+    )
+    text_pair: Column | None = Field(
+        default=None, description="column of the second text, or of the question"
+    )
+    label: Column | None = Field(
+        default="label", description="label column, by name or position; null: without labels"
+    )
     header: Flag = Field(default=True, description="whether a TSV or CSV file begins with names")
     encoding: Annotated[str, AfterValidator(_encoding)] = Field(
         default="utf-8", description="encoding of text files"
     )
     max_length: Positive = Field(default=128, description="tokens after which text is cut")
+    stride: Natural = Field(
+        default=64, description="tokens that two windows of a long context share (questions)"
+    )
+    max_answer: Positive = Field(default=30, description="tokens of the longest answer")
     train_split: str = Field(default="train", description="split of a datasets name for training")
     eval_split_name: str = Field(
         default="validation", description="split of a datasets name for evaluation"
@@ -108,11 +140,19 @@ class DataSection(_Section):
         default=None, description="headline metric; default: accuracy, or correlation"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_of_the_task(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("task"), str):
+            return values
+        return _DEFAULTS.get(values["task"], {}) | values
+
     @model_validator(mode="after")
     def _consistent(self) -> DataSection:
         if self.task.startswith("pair") and self.text_pair is None:
             raise ValueError(f"the task {self.task!r} needs 'text_pair', the second text's column")
-        if not self.task.startswith("pair") and self.text_pair is not None:
+        paired = self.task.startswith("pair") or self.task == "question_answering"
+        if not paired and self.text_pair is not None:
             raise ValueError(f"'text_pair' does not fit the task {self.task!r}; use a pair task")
         if self.eval is None and self.eval_split is None:
             raise ValueError("give evaluation data as 'eval', or 'eval_split', such as 0.1")
@@ -121,6 +161,16 @@ class DataSection(_Section):
             raise ValueError(
                 f"'metric' {self.metric!r} does not fit the task {self.task!r}; use {fitting}"
             )
+        if self.label is None:
+            if self.task.endswith("regression"):
+                raise ValueError("'label' is null, which does not fit a regression; name a column")
+            if self.metric is not None:
+                raise ValueError(
+                    "'metric' needs labels and 'label' is null; leave it out (agreement with the "
+                    "teacher and KL to it are measured), or name a label column"
+                )
+            if self.labels is not None:
+                raise ValueError("'labels' does not fit data without labels ('label' is null)")
         if self.labels is not None:
             if self.task.endswith("regression"):
                 raise ValueError("'labels' does not fit a regression; remove it")

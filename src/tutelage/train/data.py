@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from ..errors import DataError, nearest
 from ._readers import (
     READERS,
@@ -20,8 +18,17 @@ from ._readers import (
     refuse_empty,
 )
 from ._sections import DataSection
+from ._split import read_splits
+from ._split import split_examples as split_examples
 
-__all__ = ["Examples", "read_examples", "read_train_and_eval", "split_examples"]
+__all__ = [
+    "Examples",
+    "column_of",
+    "read_columns",
+    "read_examples",
+    "read_train_and_eval",
+    "split_examples",
+]
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,14 @@ class Examples:
     Attributes:
         texts: One text per example.
         pairs: The second text of each example, or None.
-        labels: One label per example: text for classes, real numbers for a regression.
+        labels: One label per example: text for classes, real numbers for a regression; None for
+            data without labels.
         source: Where they come from, for messages.
     """
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[str] | list[float]
+    labels: list[str] | list[float] | None
     source: str
 
     def __len__(self) -> int:
@@ -52,7 +60,7 @@ class Examples:
         Returns:
             New examples of the same source.
         """
-        labels: Any = [self.labels[i] for i in indices]
+        labels: Any = None if self.labels is None else [self.labels[i] for i in indices]
         pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
         return Examples([self.texts[i] for i in indices], pairs, labels, self.source)
 
@@ -72,16 +80,7 @@ def read_train_and_eval(section: DataSection) -> tuple[Examples, Examples]:
     Raises:
         DataError: If data are missing, empty, unreadable or malformed.
     """
-    train = read_examples(section.train, section, split="train")
-    if section.eval is not None and not _same(section.train, section.eval):
-        return train, read_examples(section.eval, section, split="eval")
-    if section.eval_split is None:
-        raise DataError(
-            f"'data.train' and 'data.eval' are both {section.train!r}; set data.eval_split, such "
-            "as 0.1, to keep a part of it for evaluation."
-        )
-    stratify = not section.task.endswith("regression")
-    return split_examples(train, section.eval_split, section.seed, stratify)
+    return read_splits(section, read_examples)
 
 
 def read_examples(
@@ -105,9 +104,32 @@ def read_examples(
     if not source:
         raise DataError("a path or name of data is empty; set data.train and data.eval.")
     path = Path(source).expanduser()
-    suffix = file_type(path)
     if path.is_dir() and _class_folders(path):
         return _read_folder(path, source, section)
+    return _examples(read_columns(source, section, split=split), source, section)
+
+
+def read_columns(
+    source: str, section: DataSection, *, split: Literal["train", "eval"] = "train"
+) -> dict[Any, Sequence[Any]]:
+    """Reads a table.
+
+    Args:
+        source: A TSV, CSV, JSONL, JSON or Parquet file (each also with .gz); or a name or path for
+            `datasets`, optionally ``name:config``.
+        section: The recipe's data section: encoding, header and split names.
+        split: Which split is read from a `datasets` name.
+
+    Returns:
+        The columns by name, or by position where the file has no header.
+
+    Raises:
+        DataError: If the source is missing, empty, unreadable or malformed.
+    """
+    if not source:
+        raise DataError("a path or name of data is empty; set data.train and data.eval.")
+    path = Path(source).expanduser()
+    suffix = file_type(path)
     if path.is_file():
         if suffix not in READERS:
             raise DataError(
@@ -122,49 +144,7 @@ def read_examples(
         columns = read_datasets(source, name)
     if not columns or not len(next(iter(columns.values()))):
         refuse_empty(source)
-    return _examples(columns, source, section)
-
-
-def split_examples(
-    examples: Examples, amount: float, seed: int, stratify: bool
-) -> tuple[Examples, Examples]:
-    """Draws a part of the examples for evaluation.
-
-    Args:
-        examples: What is split.
-        amount: A number of examples (int), or a share between 0 and 1 (float).
-        seed: Seed of the draw.
-        stratify: Whether the part keeps the shares of the labels; every label then keeps at
-            least one training example.
-
-    Returns:
-        The rest (for training) and the part drawn, both in their original order.
-
-    Raises:
-        DataError: If the part would be empty, or leave too little for training.
-    """
-    total = len(examples)
-    count = amount if isinstance(amount, int) else round(amount * total)
-    groups: dict[str, list[int]] = {}
-    for index, label in enumerate(examples.labels):
-        groups.setdefault(str(label) if stratify else "", []).append(index)
-    if not 1 <= count <= total - len(groups):
-        raise DataError(
-            f"eval_split {amount} would draw {count} of the {total} examples of "
-            f"{examples.source!r}; it must be between 1 and {max(0, total - len(groups))}, so "
-            "that something is left to train on: change it, or give more data."
-        )
-    shares = {label: len(group) * count / total for label, group in groups.items()}
-    quota = {label: min(int(shares[label]), len(group) - 1) for label, group in groups.items()}
-    while sum(quota.values()) < count:
-        room = [label for label, group in groups.items() if quota[label] < len(group) - 1]
-        quota[max(room, key=lambda label: shares[label] - quota[label])] += 1
-    random = np.random.default_rng(seed)
-    drawn: set[int] = set()
-    for label, group in groups.items():
-        drawn.update(random.permutation(group)[: quota[label]].tolist())
-    rest = [index for index in range(total) if index not in drawn]
-    return examples.select(rest), examples.select(sorted(drawn))
+    return columns
 
 
 def _examples(columns: dict[Any, Sequence[Any]], source: str, section: DataSection) -> Examples:
@@ -172,6 +152,8 @@ def _examples(columns: dict[Any, Sequence[Any]], source: str, section: DataSecti
     pairs = None
     if section.text_pair is not None:
         pairs = [str(cell) for cell in _cells(columns, section.text_pair, "text_pair", source)]
+    if section.label is None:
+        return Examples(texts, pairs, None, source)
     cells = _cells(columns, section.label, "label", source)
     labels: list[str] | list[float]
     if section.task.endswith("regression"):
@@ -181,9 +163,20 @@ def _examples(columns: dict[Any, Sequence[Any]], source: str, section: DataSecti
     return Examples(texts, pairs, labels, source)
 
 
-def _column(
+def column_of(
     columns: dict[Any, Sequence[Any]], wanted: str | int, key: str, source: str
 ) -> Sequence[Any]:
+    """Returns a column of a table by the recipe's key.
+
+    Args:
+        columns: The table.
+        wanted: Name or position of the column.
+        key: The recipe's key in ``data``, for messages.
+        source: Where the table is from.
+
+    Raises:
+        DataError: There is no such column.
+    """
     names = list(columns)
     if isinstance(wanted, int) and wanted < len(names):
         return columns[names[wanted]]
@@ -205,7 +198,7 @@ def _cells(
     columns: dict[Any, Sequence[Any]], wanted: str | int, key: str, source: str
 ) -> list[str | int | float]:
     cells: list[str | int | float] = []
-    for row, value in enumerate(_column(columns, wanted, key, source), start=1):
+    for row, value in enumerate(column_of(columns, wanted, key, source), start=1):
         if _missing(value):
             raise DataError(f"row {row} of {source!r} has no {key}; add it or remove the row.")
         if not isinstance(value, str | int | float):
@@ -242,11 +235,6 @@ def _number(value: str | int | float, row: int, source: str) -> float:
     return number
 
 
-def _same(first: str, second: str) -> bool:
-    one, other = Path(first).expanduser(), Path(second).expanduser()
-    return one.exists() and other.exists() and one.samefile(other)
-
-
 def _class_folders(path: Path) -> list[Path]:
     """Returns the class folders, none if data files lie beside them."""
     folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] not in "._")
@@ -272,4 +260,4 @@ def _read_folder(path: Path, source: str, section: DataSection) -> Examples:
         for file in files:
             texts.append(decode(read_content(file, str(file)), str(file), section))
             labels.append(folder.name)
-    return Examples(texts, None, labels, source)
+    return Examples(texts, None, None if section.label is None else labels, source)

@@ -11,12 +11,38 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, NonFiniteLossError
+from ._answers import exact_match, overlap_f1
+from ._scores import (
+    accuracy,
+    correlation,
+    entity_f1,
+    entity_precision,
+    entity_recall,
+    f1,
+    macro_f1,
+    matthews,
+    mean_loss,
+    pearson,
+    perplexity,
+    spearman,
+    token_accuracy,
+)
 
-__all__ = ["METRICS", "Metric", "agreement", "evaluate_metrics", "kl_divergence"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "agreement",
+    "compute_metrics",
+    "evaluate_metrics",
+    "kl_divergence",
+    "refuse_non_finite",
+]
 
 Array = npt.NDArray[Any]
 
-CLASSIFICATION = ("classification", "pair")
+CLASSIFICATION = ("classification", "pair", "image_classification")
+TAGGING = ("token_classification",)
+ANSWERING = ("question_answering",)
 REGRESSION = ("regression", "pair_regression")
 
 
@@ -26,16 +52,23 @@ class Metric:
 
     Attributes:
         kinds: The task kinds that it measures.
-        compute: From predictions and labels, both of shape ``(examples,)``, to a value. The
-            predictions are class indices, or real numbers for regression.
+        compute: From predictions and labels, one of each per example, to a value. Predictions are
+            class indices, real numbers for regression; for language models the summed negative log
+            likelihood of a block, with the number of its predicted tokens in place of labels;
+            for tagging the label names of a sentence's words; for answers texts, and the accepted
+            texts of each.
         description: What the value says.
         binary_only: Whether it is defined for two classes only.
+        greater_is_better: Whether a larger value is the better one.
+        fraction: Whether the value is a fraction.
     """
 
     kinds: tuple[str, ...]
-    compute: Callable[[Array, Array], float]
+    compute: Callable[[Any, Any], float]
     description: str
     binary_only: bool = False
+    greater_is_better: bool = True
+    fraction: bool = True
 
 
 def evaluate_metrics(kind: str, logits: Array, labels: Array) -> dict[str, float]:
@@ -84,6 +117,24 @@ def evaluate_metrics(kind: str, logits: Array, labels: Array) -> dict[str, float
             for name, metric in METRICS.items()
             if kind in metric.kinds and not (metric.binary_only and classes != 2)
         }
+
+
+def compute_metrics(kind: str, predictions: Any, labels: Any) -> dict[str, float]:
+    """Computes every metric of a task whose predictions are not logits of examples.
+
+    Args:
+        kind: The task.
+        predictions: What ``Metric.compute`` takes.
+        labels: Likewise.
+
+    Returns:
+        Metric name to value.
+    """
+    return {
+        name: float(metric.compute(predictions, labels))
+        for name, metric in METRICS.items()
+        if kind in metric.kinds
+    }
 
 
 def agreement(student_logits: Array, teacher_logits: Array) -> float:
@@ -142,75 +193,49 @@ def _both(first: Array, second: Array) -> tuple[Array, Array]:
 def _check(logits: Array) -> None:
     if logits.shape[0] == 0:
         raise DataError("there are no examples to evaluate; give at least one.")
-    broken = int((~np.isfinite(logits).all(axis=1)).sum())
+    refuse_non_finite(int((~np.isfinite(logits).all(axis=1)).sum()), logits.shape[0])
+
+
+def refuse_non_finite(broken: int, count: int) -> None:
+    """Refuses outputs that are not numbers.
+
+    Args:
+        broken: Number of examples with such outputs.
+        count: Number of all examples.
+
+    Raises:
+        NonFiniteLossError: There are any.
+    """
     if broken:
         raise NonFiniteLossError(
-            f"the model's outputs are NaN or infinite for {broken} of {logits.shape[0]} examples; "
+            f"the model's outputs are NaN or infinite for {broken} of {count} examples; "
             "train again with a lower learning rate."
         )
 
 
-def _accuracy(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(labels, predictions))
-
-
-def _f1(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0))
-
-
-def _macro_f1(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, average="macro", zero_division=0))
-
-
-def _matthews(predictions: Array, labels: Array) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return float(matthews_corrcoef(labels, predictions))
-
-
-def _pearson(predictions: Array, labels: Array) -> float:
-    from scipy.stats import pearsonr
-
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return _finite(float(pearsonr(predictions, labels).statistic))
-
-
-def _spearman(predictions: Array, labels: Array) -> float:
-    from scipy.stats import spearmanr
-
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return _finite(float(spearmanr(predictions, labels).statistic))
-
-
-def _correlation(predictions: Array, labels: Array) -> float:
-    return (_pearson(predictions, labels) + _spearman(predictions, labels)) / 2
-
-
-def _constant(values: Array) -> bool:
-    return bool((values == values[0]).all())
-
-
-def _finite(value: float) -> float:
-    return value if np.isfinite(value) else 0.0
-
-
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(CLASSIFICATION, _accuracy, "share of right labels"),
-    "f1": Metric(CLASSIFICATION, _f1, "F1 of class 1 of two", binary_only=True),
-    "macro_f1": Metric(CLASSIFICATION, _macro_f1, "mean of the classes' F1"),
-    "matthews": Metric(CLASSIFICATION, _matthews, "Matthews correlation coefficient"),
-    "pearson": Metric(REGRESSION, _pearson, "linear correlation"),
-    "spearman": Metric(REGRESSION, _spearman, "rank correlation"),
-    "correlation": Metric(REGRESSION, _correlation, "mean of pearson and spearman"),
+    "accuracy": Metric(CLASSIFICATION, accuracy, "share of right labels"),
+    "f1": Metric(CLASSIFICATION, f1, "F1 of class 1 of two", binary_only=True),
+    "macro_f1": Metric(CLASSIFICATION, macro_f1, "mean of the classes' F1"),
+    "matthews": Metric(CLASSIFICATION, matthews, "Matthews correlation coefficient"),
+    "pearson": Metric(REGRESSION, pearson, "linear correlation"),
+    "spearman": Metric(REGRESSION, spearman, "rank correlation"),
+    "correlation": Metric(REGRESSION, correlation, "mean of pearson and spearman"),
+    "entity_f1": Metric(TAGGING, entity_f1, "F1 of whole entities in BIO tags"),
+    "entity_precision": Metric(TAGGING, entity_precision, "share of right entities among found"),
+    "entity_recall": Metric(TAGGING, entity_recall, "share of found entities among given"),
+    "token_accuracy": Metric(TAGGING, token_accuracy, "share of words with the right label"),
+    "exact_match": Metric(ANSWERING, exact_match, "share of answers equal to an accepted one"),
+    "answer_f1": Metric(ANSWERING, overlap_f1, "F1 of the words shared with an accepted answer"),
+    "perplexity": Metric(
+        ("causal_lm",), perplexity, "exp of loss", greater_is_better=False, fraction=False
+    ),
+    "loss": Metric(
+        ("causal_lm",),
+        mean_loss,
+        "negative log likelihood of a token in nats",
+        greater_is_better=False,
+        fraction=False,
+    ),
 }
 """Every metric by its name."""

@@ -9,19 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
 from .._prepare import prepared
 from ..export import load, save, weight_bytes, write_text
 from ..export._card import model_card
+from ._inference import measure
 from ._output import RECIPE_FILE, clear, portable, refuse_output, sweep, writing
 from ._phases import ProgressFactory, obtain_teacher, train_student
 from ._plan import Plan, make_plan
 from ._result import Figures, RunResult, read_result, versions, write_result
-from .evaluation import predict_logits
-from .metrics import CLASSIFICATION, agreement, evaluate_metrics, kl_divergence
 from .recipe import Recipe, save_recipe
 
 __all__ = ["Figures", "RunResult", "read_result", "run_recipe"]
@@ -92,7 +90,7 @@ def _run(
         student = train_student(plan, teacher, report, progress, resume=resume)
     report(f"saving the student and evaluating what was saved on {len(plan.eval)} examples")
     packed = plan.folder / _PACKED
-    save(student, packed, processor=plan.tokenizer, overwrite=True)
+    save(student, packed, processor=plan.processor, overwrite=True)
     with _clock(seconds, "evaluation"):
         result = _measure(plan, teacher.eval(), packed, fine_tuned=fine_tuned)
     result = result.model_copy(update={"seconds": seconds})
@@ -106,29 +104,20 @@ def _run(
 def _measure(plan: Plan, teacher: nn.Module, packed: Path, *, fine_tuned: bool) -> RunResult:
     device = next(teacher.parameters()).device
     student = load(packed).to(device)
-    kind = plan.task.kind
-    ours, theirs = (predict_logits(m, plan.eval, plan.tokenizer) for m in (student, teacher))
-    classes = kind in CLASSIFICATION
+    measured = measure(plan.task, plan.eval, plan.processor, student, teacher)
     count = sum(p.numel() for p in teacher.parameters())
-    labels = np.asarray(plan.eval.labels)
     return RunResult(
         folder=str(plan.folder),
-        task=kind,
+        task=plan.task.kind,
         metric=plan.task.metric,
         scheme=plan.scheme.name,
         train_examples=len(plan.train),
         eval_examples=len(plan.eval),
-        teacher=Figures(
-            metrics=evaluate_metrics(kind, theirs, labels), bytes=4 * count, parameters=count
-        ),
-        student=Figures(
-            metrics=evaluate_metrics(kind, ours, labels),
-            bytes=weight_bytes(packed),
-            parameters=count,
-        ),
+        teacher=Figures(metrics=measured.metrics[1], bytes=4 * count, parameters=count),
+        student=Figures(metrics=measured.metrics[0], bytes=weight_bytes(packed), parameters=count),
         teacher_fine_tuned=fine_tuned,
-        agreement=agreement(ours, theirs) if classes else None,
-        kl=kl_divergence(theirs, ours) if classes else None,
+        agreement=measured.agreement,
+        kl=measured.kl,
         seconds={},
         seed=plan.recipe.seed,
         threads=torch.get_num_threads(),
@@ -138,7 +127,8 @@ def _measure(plan: Plan, teacher: nn.Module, packed: Path, *, fine_tuned: bool) 
 
 def _card_figures(result: RunResult) -> dict[str, Any]:
     figures: dict[str, Any] = dict(result.student.metrics)
-    figures[f"{result.metric} of the teacher"] = result.teacher.metrics[result.metric]
+    if result.metric in result.teacher.metrics:
+        figures[f"{result.metric} of the teacher"] = result.teacher.metrics[result.metric]
     if result.agreement is not None:
         figures["agreement with the teacher"] = result.agreement
         figures["KL from the teacher"] = result.kl

@@ -1,0 +1,60 @@
+"""Entities in BIO tags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+__all__ = ["entities", "entity_scores", "is_bio"]
+
+
+def is_bio(labels: Iterable[str]) -> bool:
+    """Returns whether labels are BIO tags: ``O``, and ``B-`` or ``I-`` with a type.
+
+    Args:
+        labels: The labels.
+    """
+    found = set(labels)
+    tags = {label for label in found if label[:2] in ("B-", "I-") and len(label) > 2}
+    return bool(tags) and found <= tags | {"O"}
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Returns the entities of a sentence as (type, first word, word after the last).
+
+    An entity begins at ``B-X``, and at an ``I-X`` that does not follow a ``B-X`` or ``I-X`` of the
+    same type, as CoNLL's scorer reads it; it ends before the first other tag.
+
+    Args:
+        tags: One tag per word.
+    """
+    found: set[tuple[str, int, int]] = set()
+    kind, start = "", 0
+    for index, tag in enumerate([*tags, "O"]):
+        mark, _, name = tag.partition("-")
+        if kind and not (mark == "I" and name == kind):
+            found.add((kind, start, index))
+            kind = ""
+        if mark in ("B", "I") and name and not kind:
+            kind, start = name, index
+    return found
+
+
+def entity_scores(
+    predicted: Sequence[Sequence[str]], given: Sequence[Sequence[str]]
+) -> tuple[float, float, float]:
+    """Returns precision, recall and F1 over the entities of all sentences.
+
+    An entity counts as found where its type and both ends are right. Each score is 0 where it is
+    undefined.
+
+    Args:
+        predicted: One tag per word and sentence.
+        given: The right ones.
+    """
+    found = wanted = right = 0
+    for ours, theirs in zip(predicted, given, strict=True):
+        one, other = entities(ours), entities(theirs)
+        found, wanted, right = found + len(one), wanted + len(other), right + len(one & other)
+    precision = right / found if found else 0.0
+    recall = right / wanted if wanted else 0.0
+    return precision, recall, 2 * right / (found + wanted) if found + wanted else 0.0
