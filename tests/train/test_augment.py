@@ -10,7 +10,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from helpers import make_tokenizer, redraw, save_tiny, tiny_config
@@ -23,6 +31,7 @@ from tutelage.errors import (
     UnsupportedModelError,
 )
 from tutelage.train import augment as module
+from tutelage.train._words import content_words, whole_words
 from tutelage.train.augment import Augmenter
 from tutelage.train.data import Examples
 from tutelage.train.progress import Progress
@@ -83,6 +92,42 @@ def test_only_nouns_are_candidates(load: Callable[..., Augmenter]) -> None:
     assert set(augmenter.words.values()) == {*NOUNS, "the", "not", "x", "é"}
     assert augmenter.choice == len(augmenter.words) - 1
     assert load(candidates=3).choice == 3
+
+
+def test_pieces_of_bytes_are_words_where_they_follow_a_blank() -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat saw a dog near the river, and the tree"] * 9, trainer)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", mask_token="<mask>"
+    )
+    pieces = {number: piece for piece, number in tokenizer.get_vocab().items()}
+    words = whole_words(fast)
+    assert {"cat", "dog", "saw", "near"} <= set(words.values())
+    assert all(pieces[number] == f"Ġ{word}" for number, word in words.items())
+    assert "the" in pieces.values(), "a piece without a blank is no word"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("The cat's dog", ["dog"], id="function-word-and-contraction"),
+        pytest.param("b2b x_y cat5 5cat", [], id="not-of-letters"),
+        pytest.param("'dog' (cat), tree-house.", ["dog", "cat", "tree", "house"], id="marks"),
+        pytest.param("École 犬", ["École", "犬"], id="letters-of-any-script"),
+    ],
+)
+def test_words_are_runs_of_letters(text: str, words: list[str]) -> None:
+    found = [text[start:end] for start, end in sorted(content_words(text))]
+    assert [word for word in found if "'" not in word] == words
 
 
 def test_candidates_are_the_likeliest_words_in_view_of_the_whole_text(

@@ -42,10 +42,11 @@ def whole_words(tokenizer: Any) -> dict[int, str]:
         add_special_tokens=False,
         return_offsets_mapping=True,
     )
-    return {
-        number: text
-        for (number, text), ids, offsets in zip(
-            words, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        )
-        if ids and ids[-1] == number and tuple(offsets[-1]) == (len(text) + 1, 2 * len(text) + 1)
-    }
+    found = {}
+    for (number, text), ids, offsets in zip(
+        words, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        second = [n for n, (_, end) in zip(ids, offsets, strict=True) if end > len(text)]
+        if second == [number] and tuple(offsets[-1]) == (len(text) + 1, 2 * len(text) + 1):
+            found[number] = text
+    return found
