@@ -69,3 +69,12 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert "max_steps=300" in example
     exec(example.replace("max_steps=300", "max_steps=3"), {"tokenized": rows(8)})
     assert tutelage.load(tmp_path / "small-bert").config.id2label[0] == "a"
+
+
+def test_the_readme_names_every_tested_family() -> None:
+    from families import FAMILIES
+
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Models")[1].lower()
+    named = "".join(letter for letter in table if letter.isalnum() or letter == ",")
+    missing = [name for name in FAMILIES if name.replace("-", "") not in named]
+    assert not missing

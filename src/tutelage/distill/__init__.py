@@ -7,12 +7,12 @@ from ._context import StepContext as StepContext
 from ._distiller import SAMPLE_IDS as SAMPLE_IDS
 from ._distiller import Distiller as Distiller
 from ._distiller import StepOutput as StepOutput
+from ._logit_terms import LabelCrossEntropy as LabelCrossEntropy
+from ._logit_terms import Logits as Logits
+from ._signal_terms import AttentionMapKL as AttentionMapKL
+from ._signal_terms import AttentionScores as AttentionScores
+from ._signal_terms import SignalMSE as SignalMSE
 from ._teacher import LiveTeacher as LiveTeacher
 from ._teacher import TeacherSource as TeacherSource
-from ._terms import AttentionMapKL as AttentionMapKL
-from ._terms import AttentionScores as AttentionScores
-from ._terms import LabelCrossEntropy as LabelCrossEntropy
-from ._terms import Logits as Logits
 from ._terms import LossTerm as LossTerm
-from ._terms import SignalMSE as SignalMSE
 from ._train_step import TrainStep as TrainStep

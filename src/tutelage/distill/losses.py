@@ -9,14 +9,9 @@ from typing import Literal
 from ..errors import RecipeError, nearest
 from ..intervention import intervention
 from ..sites import SiteMap
-from ._terms import (
-    AttentionMapKL,
-    AttentionScores,
-    LabelCrossEntropy,
-    Logits,
-    LossTerm,
-    SignalMSE,
-)
+from ._logit_terms import LabelCrossEntropy, Logits
+from ._signal_terms import AttentionMapKL, AttentionScores, SignalMSE
+from ._terms import LossTerm
 from ._token_scaled import TokenScaledLogits
 
 __all__ = ["Local", "Losses", "WeightedTerm", "default", "reference", "register", "term"]

@@ -1,0 +1,176 @@
+"""Loss terms of inner signals.
+
+TernaryBERT (Zhang et al., arXiv 2009.12812) compares logits, hidden states and attention scores;
+Teacher Intervention adds the attention output. Each term is a sum over layers of a mean squared
+error; the default terms take the mean over real tokens, the reference ones over all positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..sites import Site
+from ._context import BatchItems, LossValue, StepContext
+from ._terms import floats, squared_error
+
+__all__ = ["AttentionMapKL", "AttentionScores", "SignalMSE"]
+
+
+def _weighing(
+    items: BatchItems, mask: Tensor | None, shape: Sequence[int]
+) -> tuple[Tensor | None, float]:
+    """Returns what differences are multiplied by, and what the sum of their squares is divided by.
+
+    Args:
+        items: The batch's items.
+        mask: Positions that count, of ``shape``; ``None`` for all.
+        shape: (batch or windows, positions...).
+    """
+    if not items.per_sample:
+        return mask, 1.0
+    if mask is None:
+        return None, math.prod(shape) / items.rows
+    counted = mask.reshape(mask.shape[0], -1).sum(1).clamp(min=1)
+    roots = counted.to(torch.float32).rsqrt().reshape(-1, *[1] * (mask.dim() - 1))
+    return mask * roots, 1.0
+
+
+def _pairs(
+    scores: Tensor, queries: Tensor | None, keys: Tensor | None, causal: bool
+) -> Tensor | None:
+    """Returns which (query, key) pairs count, (batch, queries, keys); ``None`` for all."""
+    batch, rows, columns = scores.shape[0], scores.shape[-2], scores.shape[-1]
+    if queries is None and keys is None and not causal:
+        return None
+    mask = torch.ones(batch, rows, columns, dtype=torch.bool, device=scores.device)
+    if queries is not None:
+        mask = mask & queries[:, :, None]
+    if keys is not None:
+        mask = mask & keys[:, None, :]
+    return mask.tril() if causal else mask
+
+
+class SignalMSE:
+    """Sum over blocks of the mean squared error of one signal of shape (batch, tokens, width).
+
+    The mean is over the real tokens of the batch; see ``BatchItems.per_sample`` for the models
+    whose signals do not all count the same tokens.
+    """
+
+    needs_labels = False
+
+    def __init__(
+        self, name: str, site: Site, *, masked: bool = True, embeddings: bool = False
+    ) -> None:
+        """Chooses the signal.
+
+        Args:
+            name: Key in ``step.terms``.
+            site: The signal.
+            masked: Mean over real tokens only; otherwise over all positions.
+            embeddings: Compare the input of the first block as well.
+        """
+        self.name = name
+        self.site: Site = site
+        self.masked = masked
+        self.requires: tuple[Site, ...] = ("embeddings", site) if embeddings else (site,)
+
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of tokens."""
+        return items.real_tokens(masked=self.masked)
+
+    def __call__(self, context: StepContext) -> LossValue:
+        """Returns the sum over blocks and tokens of the mean over the width, and the tokens."""
+        own = [t for site in self.requires for t in context.student[site]]
+        other = [t for site in self.requires for t in context.teacher[site]]
+        masks = [m for site in self.requires for m in context.masks(site)]
+        items, total = context.items, []
+        for s, t, mask in zip(own, other, masks, strict=True):
+            weight, divisor = _weighing(items, mask if self.masked else None, s.shape[:-1])
+            shaped = None if weight is None else weight.to(s.dtype).unsqueeze(-1)
+            total.append(squared_error(s, t, shaped) / (s.shape[-1] * divisor))
+        return LossValue(torch.stack(total).sum(), self.count(items))
+
+
+class AttentionScores:
+    """Sum over blocks of the mean squared error of the attention scores.
+
+    By default the mean over pairs of a real query and a real key. ``masked=False`` is the
+    published rule: scores of padded keys, and any score at or below -100, count as zero, and the
+    mean runs over all positions.
+    """
+
+    name = "attention_scores"
+    requires: tuple[Site, ...] = ("attention_scores",)
+    needs_labels = False
+
+    def __init__(self, *, masked: bool = True) -> None:
+        """Chooses the mean.
+
+        Args:
+            masked: Mean over real pairs only.
+        """
+        self.masked = masked
+
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of pairs of a query and a key."""
+        return items.real_pairs(masked=self.masked)
+
+    def __call__(self, context: StepContext) -> LossValue:
+        """Returns the sum over blocks and pairs of the mean over the heads, and the pairs."""
+        own, other = context.student["attention_scores"], context.teacher["attention_scores"]
+        items, total = context.items, []
+        queries = context.masks("attention_scores")
+        keys = context.masks("attention_scores", keys=True)
+        blocks = context.causal_blocks()
+        for s, t, q, k, causal in zip(own, other, queries, keys, blocks, strict=True):
+            if not self.masked:
+                s, t = s.masked_fill(s <= -100.0, 0.0), t.masked_fill(t <= -100.0, 0.0)
+                total.append(self._published(s, t, k, items))
+                continue
+            pairs = _pairs(s, q, k, causal)
+            weight, divisor = _weighing(items, pairs, (s.shape[0], *s.shape[-2:]))
+            shaped = None if weight is None else weight.to(s.dtype).unsqueeze(-3)
+            total.append(squared_error(s, t, shaped) / (s.shape[1] * divisor))
+        return LossValue(torch.stack(total).sum(), self.count(items))
+
+    def _published(
+        self, own: Tensor, other: Tensor, keys: Tensor | None, items: BatchItems
+    ) -> Tensor:
+        weight = None if keys is None else floats(keys[:, None, None, :], own)
+        everywhere = own[0, 0].numel() * own.shape[0] / items.rows if items.per_sample else 1.0
+        return squared_error(own, other, weight) / (own.shape[1] * everywhere)
+
+
+class AttentionMapKL:
+    """Sum over blocks of KL(P_T || P_S) of the attention maps, mean over heads and real queries.
+
+    The map loss of Kim et al., EMNLP 2022 (arXiv 2211.11014); probabilities below 1e-8 are
+    clamped.
+    """
+
+    name = "attention_map"
+    requires: tuple[Site, ...] = ("attention_map",)
+    needs_labels = False
+
+    def count(self, items: BatchItems) -> Tensor | int:
+        """Returns the number of queries."""
+        return items.real_tokens()
+
+    def __call__(self, context: StepContext) -> LossValue:
+        """Returns the sum over blocks and queries of the mean over the heads, and the queries."""
+        own, other = context.student["attention_map"], context.teacher["attention_map"]
+        items, total = context.items, []
+        for s, t, mask in zip(own, other, context.masks("attention_map"), strict=True):
+            t = t.clamp(min=1e-8)
+            divergence = (t * (t.log() - s.clamp(min=1e-8).log())).sum(-1).mean(1)
+            weight, divisor = _weighing(items, mask, divergence.shape)
+            if weight is not None:
+                # _weighing is for squared errors, whose difference it multiplies.
+                divergence = divergence * weight.to(divergence.dtype).square()
+            total.append(divergence.sum() / divisor)
+        return LossValue(torch.stack(total).sum(), self.count(items))
