@@ -30,6 +30,12 @@ def result_table(result: RunResult) -> Table:
     if result.agreement is not None and result.kl is not None:
         table.add_row("agreement", "", f"{100 * result.agreement:.2f} %")
         table.add_row("KL(teacher || student)", "", f"{result.kl:.4f}")
+    for label, found in result.also.items():
+        for name in sorted(found.student, key=lambda name: name != result.metric):
+            values = (_shown(name, metrics[name]) for metrics in (found.teacher, found.student))
+            table.add_row(f"{name.replace('_', ' ')} ({label})", *values)
+        if found.agreement is not None:
+            table.add_row(f"agreement ({label})", "", f"{100 * found.agreement:.2f} %")
     table.add_row("bytes on disk", f"{theirs.bytes:,}", f"{ours.bytes:,}")
     table.add_row("times smaller", "1.0", f"{result.ratio:.1f}")
     table.caption = (

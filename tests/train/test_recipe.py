@@ -145,6 +145,19 @@ def test_values_given_are_not_changed() -> None:
         pytest.param("data.metric=pearson", "does not fit the task 'classification'", id="fit"),
         pytest.param("data.task=pair", "needs 'text_pair'", id="pair"),
         pytest.param("data.text_pair=b", "use a pair task", id="no-pair"),
+        pytest.param("data.augment=3", "in 'data.augment', expected keys and", id="sub-section"),
+        pytest.param(
+            "data.augment.copies=2", "'data.augment.model' is missing (a masked", id="sub-missing"
+        ),
+        pytest.param(
+            "data.augment={model: m, copy: 2}",
+            "unknown key 'data.augment.copy'. Did you mean 'copies'? Valid keys of 'data.augment'",
+            id="sub-unknown",
+        ),
+        pytest.param(
+            "data.augment={model: m, copies: 0}", "'data.augment.copies' is 0, but", id="sub-value"
+        ),
+        pytest.param("data.eval_also.x=3", "'data.eval_also' is 3, but should be a", id="also"),
         pytest.param("teacher.max_steps=0", "or -1 for 'epochs'", id="teacher-steps"),
         pytest.param("foo", "the override 'foo' is not key=value; write", id="no-equals"),
         pytest.param("=3", "the override '=3' is not key=value", id="no-key"),

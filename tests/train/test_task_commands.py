@@ -109,10 +109,10 @@ def test_label_free_students_are_compared_in_training_only(
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda f: f.stem)
 def test_the_recipes_that_ship_are_valid(file: Path) -> None:
     recipe = load_recipe(file)
-    assert Path(recipe.output).name in (file.stem, "reference")
+    assert Path(recipe.output).name in (file.stem, f"glue-{file.stem}")
     assert recipe.data.task in TASKS
 
 

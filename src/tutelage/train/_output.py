@@ -16,6 +16,7 @@ from ._result import RESULT_FILE
 from .recipe import Recipe, load_recipe
 
 __all__ = [
+    "AUGMENTED",
     "CHECKPOINTS",
     "RECIPE_FILE",
     "TEACHER",
@@ -30,6 +31,7 @@ __all__ = [
 RECIPE_FILE = "recipe.yaml"
 TEACHER = "teacher"
 CHECKPOINTS = "checkpoints"
+AUGMENTED = "augmented.parquet"
 
 # Removed in this order, so that what is left of an earlier run never passes for a finished one.
 _OWN = (
@@ -46,6 +48,7 @@ _OWN = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    AUGMENTED,
     TEACHER,
     CHECKPOINTS,
 )
@@ -71,11 +74,18 @@ def portable(recipe: Recipe) -> Recipe:
         path = Path(name).expanduser()
         return str(path.resolve()) if path.exists() else name
 
-    data, model = recipe.data, recipe.model
+    data, model, augment = recipe.data, recipe.model, recipe.data.augment
+    if augment is not None:
+        augment = augment.model_copy(update={"model": absolute(augment.model)})
     return recipe.model_copy(
         update={
             "data": data.model_copy(
-                update={"train": absolute(data.train), "eval": absolute(data.eval)}
+                update={
+                    "train": absolute(data.train),
+                    "eval": absolute(data.eval),
+                    "eval_also": {name: absolute(path) for name, path in data.eval_also.items()},
+                    "augment": augment,
+                }
             ),
             "model": model.model_copy(
                 update={
@@ -125,7 +135,10 @@ def _refuse_own_input(recipe: Recipe, folder: Path) -> None:
         "model.teacher": recipe.model.teacher,
         "data.train": recipe.data.train,
         "data.eval": recipe.data.eval,
+        **{f"data.eval_also.{name}": path for name, path in recipe.data.eval_also.items()},
     }
+    if recipe.data.augment is not None:
+        inputs["data.augment.model"] = recipe.data.augment.model
     for key, value in inputs.items():
         if value is not None and (Path(value) in own or set(Path(value).parents) & set(own[1:])):
             raise RecipeError(
@@ -158,8 +171,8 @@ def _first_difference(
     now: Mapping[str, Any], before: Mapping[str, Any], prefix: str = ""
 ) -> tuple[str, Any, Any] | None:
     for key, value in now.items():
-        other = before[key]
-        if isinstance(value, dict):
+        other = before.get(key)
+        if isinstance(value, dict) and isinstance(other, dict) and value.keys() == other.keys():
             found = _first_difference(value, other, f"{prefix}{key}.")
             if found is not None:
                 return found

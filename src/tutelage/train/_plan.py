@@ -16,8 +16,12 @@ from ..distill.losses import Losses
 from ..errors import IncompatibleTeacherError, RecipeError
 from ..intervention import Schedule
 from ..scheme import Scheme
+from ._augmented import augmented
 from ._models import auto_class, encode_for, load_config, load_model
-from .recipe import Recipe, StudentSection
+from ._output import AUGMENTED
+from ._split import same_source
+from .augment import Augmenter
+from .recipe import DataSection, Recipe, StudentSection
 from .tasks import TASKS, Head, Task, TaskDataset
 
 __all__ = ["Plan", "make_losses", "make_plan", "make_schedule", "save_and_eval_steps"]
@@ -40,6 +44,9 @@ class Plan:
         model: The model to compress, with a head, fresh or its own.
         model_has_head: Whether the head is its own.
         teacher: The teacher that the recipe names; ``None`` where it is the model itself.
+        eval_also: Further evaluation examples as inputs, by name.
+        augment: Makes the student's training examples, or reads those that the run made before;
+            ``None`` where they are not augmented.
     """
 
     recipe: Recipe
@@ -54,6 +61,8 @@ class Plan:
     model: nn.Module
     model_has_head: bool
     teacher: nn.Module | None
+    eval_also: dict[str, TaskDataset]
+    augment: Callable[[], TaskDataset] | None
 
 
 def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
@@ -79,6 +88,7 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
             "fine-tuned model, or leave model.teacher out to have the model fine-tuned."
         )
     train, eval = kind.read(recipe.data)
+    also = _read_also(kind, recipe.data)
     task = kind.build(train, recipe.data, eval, guide)
     _refuse_evaluation_without_labels(recipe, task)
     auto_class(name, config, kind.head)
@@ -96,6 +106,10 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
     models = [model] if teacher is None else [model, teacher]
     limit = task.limit(recipe.data, models, processor, report)
     _try(model, teacher, scheme, terms)
+
+    def encode(examples: Any) -> TaskDataset:
+        return encode_for(model, task, examples, processor, limit)
+
     return Plan(
         recipe=recipe,
         folder=Path(recipe.output),
@@ -104,12 +118,36 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
         losses=terms,
         task=task,
         processor=processor,
-        train=encode_for(model, task, train, processor, limit),
-        eval=encode_for(model, task, eval, processor, limit),
+        train=encode(train),
+        eval=encode(eval),
         model=model,
         model_has_head=kind.head.on(config),
         teacher=teacher,
+        eval_also={name: encode(examples) for name, examples in also.items()},
+        augment=_augmentation(recipe, train, encode, report),
     )
+
+
+def _read_also(kind: type[Task], section: DataSection) -> dict[str, Any]:
+    for name, source in section.eval_also.items():
+        if same_source(section.train, source):
+            raise RecipeError(
+                f"data.eval_also.{name} is {source!r}, the training data; name other examples."
+            )
+    return {name: kind.read_one(source, section) for name, source in section.eval_also.items()}
+
+
+def _augmentation(
+    recipe: Recipe,
+    train: Any,
+    encode: Callable[[Any], TaskDataset],
+    report: Callable[[str], None],
+) -> Callable[[], TaskDataset] | None:
+    if recipe.data.augment is None:
+        return None
+    augmenter = Augmenter.load(recipe.data.augment, recipe.seed)
+    file = Path(recipe.output) / AUGMENTED
+    return lambda: encode(augmented(train, augmenter, file, report))
 
 
 def make_schedule(recipe: Recipe) -> Schedule:

@@ -11,7 +11,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 from ..errors import ArtefactError
 from ..export import write_text
 
-__all__ = ["RESULT_FILE", "Figures", "RunResult", "read_result", "versions", "write_result"]
+__all__ = [
+    "RESULT_FILE",
+    "Figures",
+    "FurtherFigures",
+    "RunResult",
+    "read_result",
+    "versions",
+    "write_result",
+]
 
 RESULT_FILE = "result.json"
 """Written last: a folder that holds it holds a finished run."""
@@ -37,6 +45,24 @@ class Figures(_Record):
     parameters: int
 
 
+class FurtherFigures(_Record):
+    """Figures of a run over further evaluation data, ``data.eval_also``.
+
+    Attributes:
+        examples: Number of examples, counted as ``RunResult.eval_examples`` is.
+        teacher: Metrics of the teacher, by name; empty for data without labels.
+        student: Metrics of the student.
+        agreement: As in ``RunResult``.
+        kl: As in ``RunResult``.
+    """
+
+    examples: int
+    teacher: dict[str, float]
+    student: dict[str, float]
+    agreement: float | None
+    kl: float | None
+
+
 class RunResult(_Record):
     """The result of a run.
 
@@ -45,8 +71,8 @@ class RunResult(_Record):
         task: Kind of the task.
         metric: Name of the headline metric; ``"agreement"`` for data without labels.
         scheme: Name of the student's scheme.
-        train_examples: Number of training examples; windows of contexts, or blocks of text, are
-            counted singly.
+        train_examples: Number of the student's training examples, augmented ones included;
+            windows of contexts, or blocks of text, are counted singly.
         eval_examples: Number of evaluation examples, likewise.
         teacher: Figures of the teacher in float32.
         student: Figures of the student as it was loaded from its files.
@@ -54,6 +80,7 @@ class RunResult(_Record):
         agreement: Share of the compared predictions (of examples, or of the tokens in them) with
             the same class; ``None`` for a regression.
         kl: Mean KL(teacher || student) over them in nats; ``None`` for a regression.
+        also: Figures over further evaluation data, by the name that the recipe gives them.
         seconds: Seconds of every phase in the process that finished the run.
         seed: Seed of the run.
         threads: CPU threads of torch.
@@ -71,6 +98,7 @@ class RunResult(_Record):
     teacher_fine_tuned: bool
     agreement: float | None
     kl: float | None
+    also: dict[str, FurtherFigures] = {}
     seconds: dict[str, float]
     seed: int
     threads: int

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-import codecs
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from ..errors import nearest
+from ._fields import (
+    Column,
+    Encoding,
+    Flag,
+    Fraction,
+    Integer,
+    Label,
+    MetricName,
+    Natural,
+    Positive,
+    Rate,
+    Real,
+    Section,
+    ShareOrCount,
+)
+from ._fields import TaskName as TaskName
 from .metrics import METRICS
 
 __all__ = [
     "SECTIONS",
+    "AugmentSection",
     "DataSection",
     "ModelSection",
     "Recipe",
@@ -20,61 +35,10 @@ __all__ = [
     "TeacherSection",
 ]
 
-TaskName = Literal[
-    "classification",
-    "pair",
-    "regression",
-    "pair_regression",
-    "image_classification",
-    "causal_lm",
-    "token_classification",
-    "question_answering",
-]
 Stage = Literal["none", "attention_output", "context", "attention_map"]
 
 
-def _share_or_count(value: float) -> float:
-    if value < 1 if isinstance(value, int) else not 0 < value < 1:
-        raise ValueError("should be a share between 0 and 1, or a whole number of examples")
-    return value
-
-
-def _encoding(value: str) -> str:
-    try:
-        codecs.lookup(value)
-    except LookupError:
-        raise ValueError("should be an encoding that Python knows, such as 'utf-8'") from None
-    return value
-
-
-def _metric(value: str) -> str:
-    if value not in METRICS:
-        hint = nearest(value, METRICS)
-        raise ValueError(f"should be one of {', '.join(METRICS)}.{hint}")
-    return value
-
-
-# Strict numbers: pydantic otherwise takes `true` for 1 and text for a number.
-Integer = Annotated[int, Field(strict=True)]
-Natural = Annotated[int, Field(strict=True, ge=0)]
-Positive = Annotated[int, Field(strict=True, ge=1)]
-Real = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
-Flag = Annotated[bool, Field(strict=True)]
-Column = str | Natural
-ShareOrCount = Annotated[
-    Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)],
-    AfterValidator(_share_or_count),
-]
-Label = Annotated[str, Field(coerce_numbers_to_str=True)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """Which model is compressed, and who teaches it."""
 
     name_or_path: str = Field(description="a Hugging Face model name or folder")
@@ -98,13 +62,30 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 """Defaults of the data section that depend on its task."""
 
 
-class DataSection(_Section):
+_AUGMENTED = ("classification", "pair", "regression", "pair_regression")
+"""Tasks in which a text keeps its label when a word is replaced by a likely one."""
+
+
+class AugmentSection(Section):
+    """How the student's training texts are multiplied, see ``tutelage.train.augment``."""
+
+    model: str = Field(description="a masked language model, by name or folder, that knows words")
+    copies: Positive = Field(default=30, description="altered copies of every text")
+    probability: Fraction = Field(default=0.4, description="how likely a word is replaced")
+    candidates: Positive = Field(default=15, description="words that may take a word's place")
+
+
+class DataSection(Section):
     """Which examples are read, and where text and label are found in them."""
 
     task: TaskName = Field(default="classification", description="what a label is, and of what")
     train: str = Field(description="a file, a folder of class folders, or a datasets name[:config]")
     eval: str | None = Field(
         default=None, description="evaluation data; default: a part of train (eval_split)"
+    )
+    eval_also: dict[str, str] = Field(
+        default_factory=dict,
+        description="further evaluation data by name, measured once training is over",
     )
     eval_split: ShareOrCount | None = Field(
         default=None, description="share or number of train examples kept for evaluation"
@@ -120,9 +101,7 @@ class DataSection(_Section):
         default="label", description="label column, by name or position; null: without labels"
     )
     header: Flag = Field(default=True, description="whether a TSV or CSV file begins with names")
-    encoding: Annotated[str, AfterValidator(_encoding)] = Field(
-        default="utf-8", description="encoding of text files"
-    )
+    encoding: Encoding = Field(default="utf-8", description="encoding of text files")
     max_length: Positive = Field(default=128, description="tokens after which text is cut")
     stride: Natural = Field(
         default=64, description="tokens that two windows of a long context share (questions)"
@@ -136,8 +115,11 @@ class DataSection(_Section):
     labels: list[Label] | None = Field(
         default=None, description="the labels in the order of the outputs; default: found"
     )
-    metric: Annotated[str, AfterValidator(_metric)] | None = Field(
+    metric: MetricName | None = Field(
         default=None, description="headline metric; default: accuracy, or correlation"
+    )
+    augment: AugmentSection | None = Field(
+        default=None, description="more training texts for the student; default: none"
     )
 
     @model_validator(mode="before")
@@ -171,6 +153,17 @@ class DataSection(_Section):
                 )
             if self.labels is not None:
                 raise ValueError("'labels' does not fit data without labels ('label' is null)")
+        if self.augment is not None:
+            if self.task not in _AUGMENTED:
+                raise ValueError(
+                    f"'augment' does not fit the task {self.task!r}; remove it, it is for "
+                    f"{', '.join(_AUGMENTED)}"
+                )
+            if self.label is None:
+                raise ValueError(
+                    "'augment' gives copies of a text its label, and 'label' is null; add more "
+                    "texts to 'train' instead, or name a label column"
+                )
         if self.labels is not None:
             if self.task.endswith("regression"):
                 raise ValueError("'labels' does not fit a regression; remove it")
@@ -179,7 +172,7 @@ class DataSection(_Section):
         return self
 
 
-class TeacherSection(_Section):
+class TeacherSection(Section):
     """How the teacher is fine-tuned where it has no head for the task."""
 
     epochs: Rate = Field(default=3.0, description="passes over the training data")
@@ -196,7 +189,7 @@ class TeacherSection(_Section):
         return self
 
 
-class ScheduleSection(_Section):
+class ScheduleSection(Section):
     """When the teacher intervenes."""
 
     kind: Literal["gradual", "constant", "inverted", "stochastic", "none"] = Field(
@@ -218,7 +211,7 @@ class ScheduleSection(_Section):
         return self
 
 
-class StudentSection(_Section):
+class StudentSection(Section):
     """How the student is quantized and trained."""
 
     scheme: str = Field(default="ternary-a8", description="name of a quantization scheme")
@@ -242,7 +235,7 @@ class StudentSection(_Section):
     keep: Literal["last", "best"] = Field(default="last", description="which weights are kept")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that decides a run."""
 
     model: ModelSection = Field(description="which model, and its teacher")
@@ -282,5 +275,5 @@ SECTIONS: dict[str, type[BaseModel]] = {
     name: field.annotation
     for name, field in Recipe.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-}
-"""Name to model of every section."""
+} | {"data.augment": AugmentSection}
+"""Name to model of every section, and of every section in a section."""

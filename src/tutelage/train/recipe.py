@@ -16,6 +16,7 @@ from ..errors import ArtefactError, RecipeError, nearest
 from ..export import write_text
 from ._sections import (
     SECTIONS,
+    AugmentSection,
     DataSection,
     ModelSection,
     Recipe,
@@ -25,6 +26,7 @@ from ._sections import (
 )
 
 __all__ = [
+    "AugmentSection",
     "DataSection",
     "ModelSection",
     "Recipe",
@@ -84,7 +86,7 @@ def recipe_from_dict(
         )
     tree = deepcopy(dict(values or {}))
     for name in SECTIONS:
-        if tree.get(name) is None:
+        if "." not in name and tree.get(name) is None:
             tree[name] = {}
     for override in overrides:
         _override(tree, override)
@@ -199,9 +201,9 @@ def _explain(error: ValidationError, source: str) -> str:
 
 def _dotted(location: tuple[int | str, ...]) -> str:
     """Returns the key as the user writes it, without pydantic's tags of union members."""
-    parts = [str(location[0])] if location else []
-    if parts and parts[0] in SECTIONS and len(location) > 1:
-        parts.append(str(location[1]))
+    parts = [str(part) for part in location[:1]]
+    while ".".join(parts) in SECTIONS and len(location) > len(parts):
+        parts.append(str(location[len(parts)]))
     positions = (f"[{part}]" for part in location[len(parts) :] if isinstance(part, int))
     return ".".join(parts) + "".join(positions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +16,14 @@ from torch import nn
 from .._prepare import prepared
 from ..export import load, save, weight_bytes, write_text
 from ..export._card import model_card
-from ._inference import measure
+from ._inference import Measured, measure
 from ._output import RECIPE_FILE, clear, portable, refuse_output, sweep, writing
 from ._phases import ProgressFactory, obtain_teacher, train_student
 from ._plan import Plan, make_plan
-from ._result import Figures, RunResult, read_result, versions, write_result
+from ._result import Figures, FurtherFigures, RunResult, read_result, versions, write_result
 from .recipe import Recipe, save_recipe
 
-__all__ = ["Figures", "RunResult", "read_result", "run_recipe"]
+__all__ = ["Figures", "FurtherFigures", "RunResult", "read_result", "run_recipe"]
 
 _PACKED = ".packed"
 
@@ -38,9 +39,10 @@ def run_recipe(
     """Trains the student that a recipe describes, saves it, and measures what was saved.
 
     Everything is checked before anything is trained or written. The output folder then gets
-    ``recipe.yaml``, ``teacher/`` (where it had to be fine-tuned), ``checkpoints/``, the packed
-    student, and at the very end ``result.json``. Killed at any moment and resumed, a run ends with
-    the same weights as an uninterrupted one on the same machine with as many threads.
+    ``recipe.yaml``, ``teacher/`` (where it had to be fine-tuned), ``augmented.parquet`` (where the
+    recipe asks for more texts), ``checkpoints/``, the packed student, and at the very end
+    ``result.json``. Killed at any moment and resumed, a run ends with the same weights as an
+    uninterrupted one on the same machine with as many threads.
 
     Args:
         recipe: What is trained.
@@ -82,6 +84,9 @@ def _run(
     seconds: dict[str, float] = {}
     with _clock(seconds, "teacher"):
         teacher, fine_tuned = obtain_teacher(plan, report, progress)
+    if plan.augment is not None:
+        with _clock(seconds, "augmentation"):
+            plan = dataclasses.replace(plan, train=plan.augment(), augment=None)
     report(
         f"training the student: {plan.scheme.name}, {plan.recipe.student.max_steps} steps, "
         f"the teacher intervenes in the first {plan.schedule.steps}"
@@ -105,6 +110,10 @@ def _measure(plan: Plan, teacher: nn.Module, packed: Path, *, fine_tuned: bool) 
     device = next(teacher.parameters()).device
     student = load(packed).to(device)
     measured = measure(plan.task, plan.eval, plan.processor, student, teacher)
+    also = {
+        name: _further(measure(plan.task, data, plan.processor, student, teacher), len(data))
+        for name, data in plan.eval_also.items()
+    }
     count = sum(p.numel() for p in teacher.parameters())
     return RunResult(
         folder=str(plan.folder),
@@ -118,10 +127,22 @@ def _measure(plan: Plan, teacher: nn.Module, packed: Path, *, fine_tuned: bool) 
         teacher_fine_tuned=fine_tuned,
         agreement=measured.agreement,
         kl=measured.kl,
+        also=also,
         seconds={},
         seed=plan.recipe.seed,
         threads=torch.get_num_threads(),
         versions=versions(),
+    )
+
+
+def _further(measured: Measured, examples: int) -> FurtherFigures:
+    student, teacher = measured.metrics
+    return FurtherFigures(
+        examples=examples,
+        teacher=teacher,
+        student=student,
+        agreement=measured.agreement,
+        kl=measured.kl,
     )
 
 
@@ -132,6 +153,8 @@ def _card_figures(result: RunResult) -> dict[str, Any]:
     if result.agreement is not None:
         figures["agreement with the teacher"] = result.agreement
         figures["KL from the teacher"] = result.kl
+    for name, found in result.also.items():
+        figures |= {f"{metric} ({name})": value for metric, value in found.student.items()}
     return figures
 
 
