@@ -437,7 +437,7 @@ def test_plain_training_arguments_are_taken_literally(tmp_path: Path) -> None:
 
 def test_arguments() -> None:
     args = QATArguments(output_dir="x", use_cpu=True)
-    assert args.learning_rate == 5e-4
+    assert args.learning_rate == 3e-4
     assert args.warmup_steps == 0.1
     assert args.weight_decay == 0.01
     assert args.logging_nan_inf_filter is False

@@ -21,7 +21,7 @@ class QATArguments(TrainingArguments):
     quantized products, softmax and losses stay in float32.
 
     Attributes:
-        learning_rate: 5e-4, larger than in fine-tuning: low-bit weights must move far.
+        learning_rate: 3e-4, larger than in fine-tuning: low-bit weights must move far.
         warmup_steps: A tenth of each of the two steps (intervention, then plain distillation).
         logging_nan_inf_filter: Off; it waits for the device at every step and hides NaN.
         qat_optimizer: ``"adamw"`` follows ``optim``; ``"bert_adam"`` is the published optimizer
@@ -30,7 +30,7 @@ class QATArguments(TrainingArguments):
             the teacher's signals carry none, and what dropout adds is noise in every loss term.
     """
 
-    learning_rate: float = field(default=5e-4)
+    learning_rate: float = field(default=3e-4)
     weight_decay: float = field(default=0.01)
     warmup_steps: float = field(default=0.1)
     logging_steps: float = field(default=10)
