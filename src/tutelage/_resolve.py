@@ -47,7 +47,8 @@ def resolve(model: nn.Module, scheme: Scheme, sites: SiteMap) -> dict[str, Modul
                 raise SchemeError(
                     f"{block.attention!r} computes its attention by hand, outside transformers' "
                     "AttentionInterface, so that its products cannot be quantized; use "
-                    f"Scheme.preset({scheme.name!r}).without_attention()."
+                    f"Scheme.preset({scheme.name!r}).without_attention(), in a recipe "
+                    "student.quantize_attention=false."
                 )
             modules[block.attention] = ModuleSpec(kind="attention", attention=scheme.attention)
     return modules

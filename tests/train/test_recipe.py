@@ -105,7 +105,7 @@ def test_values_given_are_not_changed() -> None:
         pytest.param(
             "student.max_stepz=3",
             "the recipe: unknown key 'student.max_stepz'. Did you mean 'max_steps'? "
-            "Valid keys of 'student': scheme, losses,",
+            "Valid keys of 'student': scheme, quantize_attention, losses,",
             id="unknown-key",
         ),
         pytest.param("studnet.max_steps=3", "Did you mean 'student'?", id="unknown-section"),

@@ -76,6 +76,8 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
         TutelageError: Something does not exist or does not fit.
     """
     scheme = Scheme.preset(recipe.student.scheme)
+    if not recipe.student.quantize_attention:
+        scheme = scheme.without_attention()
     schedule, terms = make_schedule(recipe), make_losses(recipe.student)
     save_and_eval_steps(recipe.student)
     name, teacher_name = recipe.model.name_or_path, recipe.model.teacher

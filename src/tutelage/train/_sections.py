@@ -215,6 +215,9 @@ class StudentSection(Section):
     """How the student is quantized and trained."""
 
     scheme: str = Field(default="ternary-a8", description="name of a quantization scheme")
+    quantize_attention: Flag = Field(
+        default=True, description="quantize the products inside attention, too"
+    )
     losses: Literal["default", "reference"] = Field(
         default="default", description="distillation losses"
     )
