@@ -21,6 +21,9 @@ from tutelage.train import _sharded
 
 _HERE = Path(__file__).resolve()
 
+# All cases run in one go, before the first test.
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=560,
         check=False,
     )
     assert found.returncode == 0, found.stderr[-4000:]
