@@ -17,7 +17,7 @@ from ..sites import Signals, Site, Tap
 from . import losses as _losses
 from ._context import LossValue, StepContext
 from ._distributed import wrapped_forward
-from ._items import ItemReader, read_inputs, refuse_other_items
+from ._items import ItemReader, ModelInputs, read_inputs, refuse_other_items
 from ._teacher import LiveTeacher, TeacherSource, prediction
 from .losses import Losses, WeightedTerm
 
@@ -138,10 +138,7 @@ class Distiller:
         active = intervention(stage)
         terms = self.losses.at(stage, self._sites)
         self._refuse_float16()
-        inputs = dict(batch)
-        keys = inputs.pop(SAMPLE_IDS, None)
-        given = read_inputs(inputs, self.student)
-        labels = _labels(given.labels, terms)
+        given, keys, labels = self._take(batch, terms)
         sites: set[Site] = {site for weighted in terms for site in weighted.term.requires}
         want = sites.union(self._replaced(active))
         teacher_logits, teacher = self.teacher.get(given.inputs, keys, want)
@@ -209,14 +206,21 @@ class Distiller:
                 )
         totals: dict[str, Tensor | int] = {weighted.term.name: 0 for weighted in terms}
         for batch in batches:
-            inputs = dict(batch)
-            keys = inputs.pop(SAMPLE_IDS, None)
-            given = read_inputs(inputs, self.student)
-            items = self._read(given, keys, _labels(given.labels, terms))
+            items = self._read(*self._take(batch, terms))
             for weighted in terms:
                 name = weighted.term.name
                 totals[name] = totals[name] + weighted.term.count(items)
         return totals
+
+    def _take(
+        self, batch: Mapping[str, Any], terms: tuple[WeightedTerm, ...]
+    ) -> tuple[ModelInputs, Tensor | None, Tensor | None]:
+        """Returns the model's inputs, the sample ids, and the labels where a term asks for them."""
+        inputs = dict(batch)
+        keys = inputs.pop(SAMPLE_IDS, None)
+        given = read_inputs(inputs, self.student)
+        wanted = any(weighted.term.needs_labels for weighted in terms)
+        return given, keys, given.labels if wanted else None
 
     def _refuse_float16(self) -> None:
         device = self._device.type
@@ -269,10 +273,6 @@ class Distiller:
             with_=replacement,
             detach=[stage.detach if site == stage.site else ("query", "key") for site in sites],
         )
-
-
-def _labels(labels: Tensor | None, terms: tuple[WeightedTerm, ...]) -> Tensor | None:
-    return labels if any(weighted.term.needs_labels for weighted in terms) else None
 
 
 def _full(tensor: Tensor) -> Tensor:
