@@ -38,10 +38,28 @@ def row(result: RunResult) -> dict[str, Any]:
         "student": result.student.metrics[metric],
         "agreement": result.agreement,
         "kl": result.kl,
+        "also": {
+            name: {
+                "examples": further.examples,
+                "teacher": further.teacher.get(metric),
+                "student": further.student.get(metric),
+                "kl": further.kl,
+            }
+            for name, further in result.also.items()
+        },
         "teacher_bytes": result.teacher.bytes,
         "student_bytes": result.student.bytes,
         "seconds": result.seconds,
     }
+
+
+def print_further(rows: list[dict[str, Any]]) -> None:
+    """Prints teacher and student on the further evaluation data."""
+    for name in rows[0]["also"]:
+        found = [r["also"][name] for r in rows]
+        print(f"{name}: teacher {spread([f['teacher'] for f in found])}", end="; ")
+        print(f"student {spread([f['student'] for f in found])}", end="; ")
+        print(f"difference {spread([f['student'] - f['teacher'] for f in found])}")
 
 
 def spread(values: list[float]) -> str:
@@ -71,6 +89,7 @@ def main() -> None:
     print(f"teacher {spread([r['teacher'] for r in rows])}", end="; ")
     print(f"student {spread([r['student'] for r in rows])}", end="; ")
     print(f"difference {spread([r['student'] - r['teacher'] for r in rows])}")
+    print_further(rows)
     if args.output:
         machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), **results[0].versions}
         record = {"recipe": args.recipe.name, "machine": machine, "rows": rows}

@@ -181,6 +181,7 @@ class TeacherSection(Section):
     batch_size: Positive = Field(default=32, description="examples per step")
     warmup_ratio: Fraction = Field(default=0.1, description="share of the steps for warm-up")
     weight_decay: Real = Field(default=0.01, description="weight decay")
+    bf16: Flag = Field(default=False, description="train under autocast to bfloat16")
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherSection:
@@ -233,6 +234,10 @@ class StudentSection(Section):
     batch_size: Positive = Field(default=32, description="examples per step")
     warmup_ratio: Fraction = Field(default=0.1, description="share of the steps for warm-up")
     weight_decay: Real = Field(default=0.01, description="weight decay of the weights")
+    bf16: Flag = Field(
+        default=False,
+        description="train under autocast to bfloat16; quantized products stay exact",
+    )
     eval_steps: Positive | None = Field(default=None, description="steps between evaluations")
     save_steps: Positive | None = Field(default=None, description="steps between checkpoints")
     keep: Literal["last", "best"] = Field(default="last", description="which weights are kept")
