@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import tutelage
@@ -223,6 +224,20 @@ def test_every_schedule_and_the_published_method_train(
         overrides.append("schedule.stage=context")
     result = run_recipe(make(*overrides, model=classifier))
     assert result.scheme == "reference"
+
+
+@pytest.mark.parametrize("phase", ["teacher", "student"])
+def test_a_phase_under_bfloat16(make: Callable[..., Recipe], phase: str) -> None:
+    exact, rounded = make(output="float32"), make(f"{phase}.bf16=true", output="bf16")
+    for recipe in (exact, rounded):
+        run_recipe(recipe)
+    teachers = [load_file(Path(r.output) / "teacher/model.safetensors") for r in (exact, rounded)]
+    assert {tensor.dtype for tensor in teachers[1].values()} == {torch.float32}
+    for name, tensor in teachers[0].items():
+        torch.testing.assert_close(teachers[1][name], tensor, rtol=0, atol=0.02)
+    same = [torch.equal(tensor, teachers[1][name]) for name, tensor in teachers[0].items()]
+    assert all(same) == (phase == "student")
+    assert weights(exact.output) != weights(rounded.output)
 
 
 def test_regression_of_pairs(make: Callable[..., Recipe], tmp_path: Path) -> None:

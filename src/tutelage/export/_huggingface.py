@@ -136,8 +136,11 @@ class PackedQuantizer(HfQuantizer):
             )
         return dtype
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        """Packed files carry the names of the modules in the map, not those of older formats."""
+    def update_weight_conversions(self, weight_conversions: Any, *_: Any) -> list[Any]:
+        """Packed files carry the names of the modules in the map, not those of older formats.
+
+        transformers up to 5.17 passes the conversions alone, later versions the model as well.
+        """
         return []
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -171,6 +171,8 @@ def _common(plan: Plan) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Said outright: transformers refuses bf16 on a processor that it was not told to use.
+        "use_cpu": not torch.accelerator.is_available(),
     }
 
 
