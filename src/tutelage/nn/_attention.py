@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, not_of_transformers
 from ..kernels import integer_matmul
 from ..quantizers import BaseQuantizer, Quantized
 from ._precision import in_float32, without_autocast
@@ -261,9 +261,7 @@ def _configs(model: nn.Module) -> list[Any]:
                 sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None
             )
     if not transformers_model:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is no transformers model; pass a PreTrainedModel."
-        )
+        raise not_of_transformers(model)
     return list(found.values())
 
 
