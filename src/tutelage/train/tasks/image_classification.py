@@ -69,6 +69,7 @@ class ImageTask(Task):
     spellings: tuple[str, ...] = ()
 
     kind = "image_classification"
+    reader = staticmethod(read_images)
     processor_name: ClassVar[str] = "image processor"
     processor_files: ClassVar[tuple[str, ...]] = IMAGE_PROCESSOR_FILES
     head: ClassVar[Head] = Head(
@@ -88,11 +89,6 @@ class ImageTask(Task):
     def read(cls, section: DataSection) -> tuple[ImageExamples, ImageExamples]:
         """Reads the images of a recipe, see ``read_image_splits``."""
         return read_image_splits(section)
-
-    @classmethod
-    def read_one(cls, source: str, section: DataSection) -> ImageExamples:
-        """Reads images for evaluation, see ``read_images``."""
-        return read_images(source, section, split="eval")
 
     @classmethod
     def build(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from .._sections import DataSection
-from .._split import read_splits
 from .._squad import QuestionExamples, read_questions
 from ..metrics import compute_metrics
 from ._dataset import EncodedDataset, batches, for_model
@@ -78,6 +77,7 @@ class QuestionTask(TokenInputs):
 
     kind = "question_answering"
     label_names = ()
+    reader = staticmethod(read_questions)
     head: ClassVar[Head] = Head(
         suffixes=("ForQuestionAnswering",),
         auto="AutoModelForQuestionAnswering",
@@ -90,16 +90,6 @@ class QuestionTask(TokenInputs):
     def model_settings(self) -> dict[str, Any]:
         """Two outputs for every token, whatever the folder's own number of labels."""
         return {"num_labels": 2}
-
-    @classmethod
-    def read(cls, section: DataSection) -> tuple[QuestionExamples, QuestionExamples]:
-        """Reads the questions of a recipe, see ``read_questions``."""
-        return read_splits(section, read_questions)
-
-    @classmethod
-    def read_one(cls, source: str, section: DataSection) -> QuestionExamples:
-        """Reads questions for evaluation, see ``read_questions``."""
-        return read_questions(source, section, split="eval")
 
     @classmethod
     def build(
@@ -117,13 +107,6 @@ class QuestionTask(TokenInputs):
             )
         metric = section.metric or ("answer_f1" if section.label is not None else AGREEMENT)
         return cls(metric, section.stride, section.max_answer)
-
-    @classmethod
-    def of_model(
-        cls, model: nn.Module, section: DataSection, examples: QuestionExamples
-    ) -> QuestionTask:
-        """Makes the task of a trained model."""
-        return cls.build(examples, section, examples, model.config)
 
     def encode(self, examples: QuestionExamples, processor: Any, max_length: int) -> WindowDataset:
         """Tokenizes questions and contexts into windows, without padding.

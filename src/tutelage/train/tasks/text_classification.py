@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import DataError
 from .._processors import position_limit
 from .._sections import DataSection
-from ..data import Examples, read_examples, read_train_and_eval
+from ..data import Examples, read_examples
 from ..metrics import METRICS, evaluate_metrics
 from ._dataset import EncodedDataset, for_model, predict_logits
 from ._labels import class_labels, class_settings, head_names, label_ids, shown, spellings_of
@@ -40,6 +40,7 @@ class TextTask(TokenInputs):
     metric: str
     spellings: tuple[str, ...] = ()
 
+    reader = staticmethod(read_examples)
     head: ClassVar[Head] = Head(
         suffixes=("ForSequenceClassification",),
         auto="AutoModelForSequenceClassification",
@@ -69,16 +70,6 @@ class TextTask(TokenInputs):
         """Number, names and problem type of the outputs."""
         settings: dict[str, Any] = {"problem_type": self.problem_type, "num_labels": 1}
         return settings | (class_settings(self.label_names) if self.label_names else {})
-
-    @classmethod
-    def read(cls, section: DataSection) -> tuple[Examples, Examples]:
-        """Reads the texts of a recipe, see ``read_train_and_eval``."""
-        return read_train_and_eval(section)
-
-    @classmethod
-    def read_one(cls, source: str, section: DataSection) -> Examples:
-        """Reads texts for evaluation, see ``read_examples``."""
-        return read_examples(source, section, split="eval")
 
     @classmethod
     def build(

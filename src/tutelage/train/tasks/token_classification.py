@@ -14,7 +14,6 @@ from ...errors import DataError, UnsupportedModelError
 from .._bio import is_bio
 from .._processors import load_tokenizer
 from .._sections import DataSection
-from .._split import read_splits
 from .._tagged import TaggedExamples, read_tagged
 from ..metrics import compute_metrics
 from ._dataset import EncodedDataset, batches, for_model
@@ -76,6 +75,7 @@ class TokenTask(TokenInputs):
     spellings: tuple[str, ...] = ()
 
     kind = "token_classification"
+    reader = staticmethod(read_tagged)
     head: ClassVar[Head] = Head(
         suffixes=("ForTokenClassification",),
         auto="AutoModelForTokenClassification",
@@ -88,16 +88,6 @@ class TokenTask(TokenInputs):
     def model_settings(self) -> dict[str, Any]:
         """Number and names of the outputs."""
         return class_settings(self.label_names)
-
-    @classmethod
-    def read(cls, section: DataSection) -> tuple[TaggedExamples, TaggedExamples]:
-        """Reads the sentences of a recipe, see ``read_tagged``."""
-        return read_splits(section, read_tagged)
-
-    @classmethod
-    def read_one(cls, source: str, section: DataSection) -> TaggedExamples:
-        """Reads sentences for evaluation, see ``read_tagged``."""
-        return read_tagged(source, section, split="eval")
 
     @classmethod
     def build(
