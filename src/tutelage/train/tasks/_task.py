@@ -97,11 +97,7 @@ class Task(ABC):
 
     @classmethod
     def read_one(cls, source: str, section: DataSection) -> Any:
-        """Reads evaluation examples from one source.
-
-        Raises:
-            DataError: Data are missing, empty, unreadable or malformed.
-        """
+        """Reads evaluation examples from one source, see ``read``."""
         return cls.reader(source, section, split="eval")
 
     @classmethod

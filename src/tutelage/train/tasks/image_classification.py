@@ -17,10 +17,17 @@ from .._processors import IMAGE_PROCESSOR_FILES, load_image_processor
 from .._sections import DataSection
 from ..metrics import evaluate_metrics
 from ._dataset import TaskDataset
-from ._labels import class_labels, class_settings, head_names, label_ids, spellings_of
+from ._labels import (
+    class_labels,
+    class_settings,
+    head_names,
+    label_ids,
+    spellings_of,
+    unlabelled_names,
+)
 from ._prediction import Prediction, likeliest
 from ._task import AGREEMENT, Array, Head, Task, ignore, stacked
-from .text_classification import class_metric, unlabelled_names
+from .text_classification import class_metric
 
 __all__ = ["ImageDataset", "ImageTask"]
 

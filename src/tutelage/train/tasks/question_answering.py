@@ -15,10 +15,11 @@ from ...errors import DataError
 from .._sections import DataSection
 from .._squad import QuestionExamples, read_questions
 from ..metrics import compute_metrics
-from ._dataset import EncodedDataset, batches, for_model
+from ._dataset import EncodedDataset, predict_rows
+from ._labels import no_teacher
 from ._prediction import Answer
 from ._task import AGREEMENT, Array, Head
-from ._text import TokenInputs
+from ._text import TokenInputs, padded_right
 
 __all__ = ["QuestionTask", "WindowDataset"]
 
@@ -101,10 +102,7 @@ class QuestionTask(TokenInputs):
     ) -> QuestionTask:
         """Makes the task of a recipe."""
         if section.label is None and not cls.head.on(model_config):
-            raise DataError(
-                "data.label is null, so that no teacher can be fine-tuned, and the model has no "
-                "head for the task; name a fine-tuned model as model.teacher."
-            )
+            raise no_teacher()
         metric = section.metric or ("answer_f1" if section.label is not None else AGREEMENT)
         return cls(metric, section.stride, section.max_answer)
 
@@ -155,9 +153,7 @@ class QuestionTask(TokenInputs):
         """Returns what pads a batch to its longest window."""
 
         def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-            inputs = [{k: v for k, v in item.items() if k != "labels"} for item in items]
-            # Positions of answers are counted from the left.
-            batch = dict(processor.pad(inputs, padding_side="right", return_tensors="pt"))
+            batch = padded_right(items, processor)
             if "labels" in items[0]:
                 batch["labels"] = torch.tensor([item["labels"] for item in items])
             return batch
@@ -251,15 +247,12 @@ class QuestionTask(TokenInputs):
             task = cls("answer_f1", min(given.stride, limit // 4), given.max_answer)
         examples = QuestionExamples(list(inputs), list(pairs), None, "the texts")
         encoded = task.encode(examples, processor, limit)
-        data = for_model(encoded, model)
-        found: dict[int, Array] = {}
-        with torch.inference_mode():
-            for rows, batch in batches(data, task.collator(processor), task.eval_batch_size):
-                output = model(**batch)
-                values = task.values((output.start_logits, output.end_logits))
-                kept = task.reduce(values.float(), None).numpy()
-                found.update(zip(rows, kept, strict=True))
-        return task.answers([found[row] for row in range(len(data))], encoded)
+
+        def logits(output: Any) -> Tensor:
+            return task.reduce(task.values((output.start_logits, output.end_logits)), None)
+
+        rows = predict_rows(model, encoded, task.collator(processor), of=logits)
+        return task.answers(rows, encoded)
 
 
 def _answer_tokens(offsets: Array, text: str, start: int) -> list[int]:

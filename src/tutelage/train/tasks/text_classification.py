@@ -14,8 +14,15 @@ from .._processors import position_limit
 from .._sections import DataSection
 from ..data import Examples, read_examples
 from ..metrics import METRICS, evaluate_metrics
-from ._dataset import EncodedDataset, for_model, predict_logits
-from ._labels import class_labels, class_settings, head_names, label_ids, shown, spellings_of
+from ._dataset import EncodedDataset, predict_rows
+from ._labels import (
+    class_labels,
+    class_settings,
+    head_names,
+    label_ids,
+    spellings_of,
+    unlabelled_names,
+)
 from ._prediction import Prediction, likeliest
 from ._task import AGREEMENT, Array, Head, stacked
 from ._text import TokenInputs
@@ -146,7 +153,7 @@ class TextTask(TokenInputs):
         examples = Examples(list(inputs), second, None, "the texts")
         limit, positions = max_length or processor.model_max_length, position_limit(model)
         data = task.encode(examples, processor, min(limit, positions or limit))
-        logits = predict_logits(model, for_model(data, model), processor)
+        logits = stacked(predict_rows(model, data, task.collator(processor)))
         if not names:
             return [Prediction(None, None, float(row[0])) for row in logits]
         return likeliest(logits, names)
@@ -221,28 +228,6 @@ def build_task(
         map(str, train.labels), map(str, eval.labels), section, (train.source, eval.source), head
     )
     return TextTask(section.task, names, class_metric(section, names), spellings)
-
-
-def unlabelled_names(head: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Returns the outputs of a task without labels: the teacher's.
-
-    Args:
-        head: The names of the head's outputs; None without a head.
-
-    Raises:
-        DataError: There is no head, or it has one output.
-    """
-    if head is None:
-        raise DataError(
-            "data.label is null, so that no teacher can be fine-tuned, and the model has no head "
-            "for the task; name a fine-tuned model as model.teacher."
-        )
-    if len(head) < 2:
-        raise DataError(
-            f"data.label is null, but the teacher's head has the one output {shown(head)!r}; give "
-            "a teacher of at least two classes, or labelled data."
-        )
-    return head
 
 
 def class_metric(section: DataSection, names: tuple[str, ...]) -> str:
