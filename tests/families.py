@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+import tutelage
 from helpers import PAD, VOCAB, make_batch, redraw
+from tutelage._prepare import prepared
 
 _TEXT: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD}
 _ENDS: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3}
@@ -21,6 +24,14 @@ _SHAPE: dict[str, Any] = {
     "intermediate_size": 64,
 }
 _LONG: dict[str, Any] = {"max_position_embeddings": 40}
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 40,
+    **_ENDS,
+}
 _LLAMA: dict[str, Any] = {**_TEXT, **_ENDS, **_SHAPE, **_LONG, "num_key_value_heads": 2}
 _IMAGE: dict[str, Any] = {"image_size": 16, "patch_size": 8}
 _SEQ2SEQ: dict[str, Any] = {
@@ -71,7 +82,13 @@ def _image(name: str, model: str = "ForImageClassification", **settings: Any) ->
 
 
 def _decoder(name: str, model: str = "ForCausalLM", **settings: Any) -> Family:
-    return Family(f"{name}{model}", f"{name}Config", settings)
+    extra = {"interface": settings.pop("interface")} if "interface" in settings else {}
+    return Family(f"{name}{model}", f"{name}Config", settings, **extra)
+
+
+def _seq2seq(name: str, input: str = "text", **settings: Any) -> Family:
+    model, config = f"{name}ForConditionalGeneration", f"{name}Config"
+    return Family(model, config, settings, input, seq2seq=True)
 
 
 FAMILIES: dict[str, Family] = {
@@ -128,16 +145,7 @@ FAMILIES: dict[str, Family] = {
         mlp_ratio=2.0,
     ),
     "clip-vision": Family("CLIPVisionModel", "CLIPVisionConfig", {**_SHAPE, **_IMAGE}, "image"),
-    "gpt2": _decoder(
-        "GPT2",
-        "LMHeadModel",
-        vocab_size=VOCAB,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=40,
-        **_ENDS,
-    ),
+    "gpt2": _decoder("GPT2", "LMHeadModel", **_GPT2),
     "opt": _decoder(
         "OPT",
         **{k: v for k, v in _SHAPE.items() if k != "intermediate_size"},
@@ -158,73 +166,56 @@ FAMILIES: dict[str, Family] = {
     "gpt-neox": _decoder("GPTNeoX", **_TEXT, **_SHAPE, **_LONG, **_ENDS),
     "phi": _decoder("Phi", **_TEXT, **_SHAPE, **_LONG, **_ENDS),
     "phi3": _decoder("Phi3", **_LLAMA),
-    "bloom": Family(
-        "BloomForCausalLM",
-        "BloomConfig",
-        {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "pad_token_id": PAD,
-            **_ENDS,
-        },
-        interface=False,
+    "bloom": _decoder(
+        "Bloom", hidden_size=32, n_layer=2, n_head=4, **_TEXT, **_ENDS, interface=False
     ),
-    "gptj": Family(
-        "GPTJForCausalLM",
-        "GPTJConfig",
-        {
-            "vocab_size": VOCAB,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 40,
-            "rotary_dim": 4,
-            **_ENDS,
-        },
-        interface=False,
+    "gptj": _decoder("GPTJ", **_GPT2, rotary_dim=4, interface=False),
+    "t5": _seq2seq(
+        "T5",
+        **_TEXT,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=1,
     ),
-    "t5": Family(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {
-            **_TEXT,
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 64,
-            "num_layers": 2,
-            "num_heads": 4,
-            "decoder_start_token_id": 1,
-        },
-        seq2seq=True,
-    ),
-    "bart": Family(
-        "BartForConditionalGeneration",
-        "BartConfig",
-        {**_SEQ2SEQ, **_LONG, "forced_eos_token_id": None},
-        seq2seq=True,
-    ),
-    "whisper": Family(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {
-            **_SEQ2SEQ,
-            "max_source_positions": 10,
-            "max_target_positions": 20,
-            "num_mel_bins": 8,
-            "suppress_tokens": None,
-            "begin_suppress_tokens": None,
-        },
+    "bart": _seq2seq("Bart", **_SEQ2SEQ, **_LONG, forced_eos_token_id=None),
+    "whisper": _seq2seq(
+        "Whisper",
         "speech",
-        seq2seq=True,
+        **_SEQ2SEQ,
+        max_source_positions=10,
+        max_target_positions=20,
+        num_mel_bins=8,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
     ),
 }
+"""What is tested in every way."""
+
+
+def _variant(name: str, model: str | None = None, **settings: Any) -> Family:
+    family = FAMILIES[name]
+    return replace(family, model=model or family.model, settings={**family.settings, **settings})
+
+
+VARIANTS: dict[str, Family] = {
+    "bert-mlm": _variant("bert", "BertForMaskedLM"),
+    "albert-mlm": _variant("albert", "AlbertForMaskedLM"),
+    "opt-projected": _variant("opt", word_embed_proj_dim=16),
+    "llama-tied": _variant("llama", tie_word_embeddings=True),
+    "bart-scaled": _variant("bart", scale_embedding=True),
+    "bart-untied": _variant("bart", tie_word_embeddings=False),
+}
+"""Other heads and other ties, for what depends on them."""
+
+_ALL = FAMILIES | VARIANTS
 
 
 @functools.cache
 def _made(name: str) -> nn.Module:
-    family = FAMILIES[name]
+    family = _ALL[name]
     config = getattr(transformers, family.config)(**family.settings)
     for key in list(config.to_dict()):
         # Dropout off: tests that want it switch it on.
@@ -237,14 +228,12 @@ def _made(name: str) -> nn.Module:
 
 def make_model(name: str) -> Any:
     """Makes a tiny model in eval mode; its matrices have standard deviation 1 / sqrt(fan in)."""
-    import copy
-
     return copy.deepcopy(_made(name)).eval()
 
 
 def make_inputs(name: str, rows: int = 3, *, seed: int = 0) -> dict[str, Tensor]:
     """Makes a batch; text is padded on the right to unequal lengths."""
-    family = FAMILIES[name]
+    family = _ALL[name]
     draw = torch.Generator().manual_seed(seed)
     if family.input == "image":
         size = family.settings["image_size"]
@@ -260,7 +249,25 @@ def make_inputs(name: str, rows: int = 3, *, seed: int = 0) -> dict[str, Tensor]
     return batch
 
 
-def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Returns logits, or the last hidden state of a model without them."""
+def output_of(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> Tensor:
+    """Returns logits, or the last hidden state of a model without them.
+
+    Without ``inputs`` they are those of ``make_inputs`` for a model of this class.
+    """
+    if inputs is None:
+        named = (name for name, family in _ALL.items() if family.model == type(model).__name__)
+        inputs = make_inputs(next(named))
     made = model(**inputs)
     return made.logits if hasattr(made, "logits") else made.last_hidden_state
+
+
+def make_any_student(name: str, preset: str = "ternary-a8") -> Any:
+    """Makes a tiny student in eval mode."""
+    return tutelage.prepare(make_model(name), tutelage.Scheme.preset(preset))
+
+
+def weight_map(student: Any) -> dict[str, tutelage.scheme.ModuleSpec]:
+    """Returns the resolved map without attention."""
+    state = prepared(student)
+    assert state is not None
+    return {name: spec for name, spec in state.modules.items() if spec.weight is not None}

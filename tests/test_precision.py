@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tutelage
-from architectures import make_model, outputs_of, prepare_any
+from families import make_model, output_of
 from helpers import same_bits
 from tutelage._precision import upcast
 from tutelage.errors import UnsupportedModelError
@@ -23,7 +23,7 @@ def loose_buffers(model: Any) -> dict[str, torch.Tensor]:
 
 
 @HALF
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3"])
 def test_what_no_file_holds_is_computed_anew(name: str, dtype: torch.dtype) -> None:
     model = make_model(name)
     want = loose_buffers(model)
@@ -41,16 +41,16 @@ def test_what_no_file_holds_is_computed_anew(name: str, dtype: torch.dtype) -> N
     assert all(same_bits(got[name], buffer) for name, buffer in want.items())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "t5"])
 def test_a_student_of_a_half_precision_model_is_what_loads(name: str, tmp_path: Path) -> None:
     make_model(name).save_pretrained(tmp_path / "plain")
     model = type(make_model(name)).from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
-    student = prepare_any(model.eval(), tutelage.Scheme.preset("ternary-a8"))
+    student = tutelage.prepare(model.eval(), tutelage.Scheme.preset("ternary-a8"))
     head, words = student.get_output_embeddings(), student.get_input_embeddings()
     assert head.weight is words.weight
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     tutelage.save(student, tmp_path / "out")
-    assert same_bits(outputs_of(tutelage.load(tmp_path / "out")), outputs_of(student))
+    assert same_bits(output_of(tutelage.load(tmp_path / "out")), output_of(student))
 
 
 def test_float32_is_left_alone() -> None:

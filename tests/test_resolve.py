@@ -11,11 +11,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import tutelage
-from architectures import make_any_student, make_model, outputs_of, weight_map
-from architectures import prepare_any as prepare
+from families import make_any_student, make_model, output_of, weight_map
 from helpers import tiny
-from tutelage import Scheme, summary
+from tutelage import Scheme, prepare, summary
 from tutelage._resolve import refuse_unsupported, resolve
 from tutelage.errors import SchemeError, UnsupportedModelError
 from tutelage.nn import QuantConv2d, QuantEmbedding, QuantLinear, QuantWeight
@@ -38,7 +36,7 @@ def shared(student: Any) -> dict[str, str | None]:
 
 
 def test_llama_quantizes_gate_up_and_down() -> None:
-    found = weight_map(make_any_student("llama-untied"))
+    found = weight_map(make_any_student("llama"))
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     parts += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     layers = {f"model.layers.{i}.{part}" for i in range(2) for part in parts}
@@ -105,13 +103,13 @@ def test_a_classifier_whose_base_goes_by_another_name_keeps_its_head() -> None:
 
 TIED = {
     "gpt2": ("transformer.wte", {"lm_head"}),
-    "llama": ("model.embed_tokens", {"lm_head"}),
+    "llama-tied": ("model.embed_tokens", {"lm_head"}),
     "gemma3": ("model.embed_tokens", {"lm_head"}),
-    "opt": ("model.decoder.embed_tokens", {"lm_head"}),
+    "opt-projected": ("model.decoder.embed_tokens", {"lm_head"}),
     "bert-mlm": ("bert.embeddings.word_embeddings", {"cls.predictions.decoder"}),
     "albert-mlm": ("albert.embeddings.word_embeddings", {"predictions.decoder"}),
     "t5": ("shared", {"encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}),
-    "bart": (
+    "bart-scaled": (
         "model.shared",
         {"model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"},
     ),
@@ -137,11 +135,11 @@ def test_what_is_tied_shares_weight_and_quantizer(name: str) -> None:
         if isinstance(module, QuantLinear):
             assert (spec.weight, spec.input) == (TERNARY.embedding, TERNARY.input)
             assert spec.arithmetic == TERNARY.arithmetic
-    assert outputs_of(student).isfinite().all()
+    assert output_of(student).isfinite().all()
 
 
 def test_a_tied_head_multiplies_by_what_the_lookup_returns() -> None:
-    student = make_any_student("llama")
+    student = make_any_student("llama-tied")
     values = student.model.embed_tokens(torch.arange(student.config.vocab_size))
     x = torch.randn(5, 32)
     want = student.lm_head.input_quantizer(x).double() @ values.double().T
@@ -149,7 +147,7 @@ def test_a_tied_head_multiplies_by_what_the_lookup_returns() -> None:
 
 
 def test_the_gradient_of_a_tied_weight_is_the_sum_of_both_uses() -> None:
-    student = make_any_student("llama")
+    student = make_any_student("llama-tied")
     weight = student.model.embed_tokens.weight
     ids, g = torch.tensor([[4, 4, 9]]), torch.randn(1, 3, 32)
     x = torch.randn(2, 32)
@@ -178,20 +176,20 @@ def test_the_summary_counts_a_shared_weight_once() -> None:
 
 
 def test_an_untied_head_stays_in_full_precision_unless_a_rule_names_it() -> None:
-    assert type(make_any_student("llama-untied").lm_head) is nn.Linear
+    assert type(make_any_student("llama").lm_head) is nn.Linear
     rule = Rule(pattern="lm_head", weight=BINARY, input=ActivationSpec(bits=4))
-    student = prepare(make_model("llama-untied"), with_rules(rule))
+    student = prepare(make_model("llama"), with_rules(rule))
     spec = weight_map(student)["lm_head"]
     assert (spec.weight, spec.input, spec.shared_with) == (rule.weight, rule.input, None)
     assert shared(student) == {}
     assert isinstance(student.lm_head, QuantLinear)
-    kept = prepare(make_model("llama-untied"), with_rules(Rule(pattern="lm_head")))
+    kept = prepare(make_model("llama"), with_rules(Rule(pattern="lm_head")))
     assert type(kept.lm_head) is nn.Linear
 
 
 @pytest.mark.parametrize("pattern", ["lm_head", r"model\.embed_tokens", r"lm_head|.*embed_tokens"])
 def test_a_rule_about_one_keeps_table_and_head(pattern: str) -> None:
-    student = prepare(make_model("llama"), with_rules(Rule(pattern=pattern)))
+    student = prepare(make_model("llama-tied"), with_rules(Rule(pattern=pattern)))
     assert type(student.lm_head) is nn.Linear
     assert type(student.model.embed_tokens) is nn.Embedding
     assert student.lm_head.weight is student.model.embed_tokens.weight
@@ -199,7 +197,7 @@ def test_a_rule_about_one_keeps_table_and_head(pattern: str) -> None:
 
 def test_a_rule_about_the_head_decides_on_the_table_too() -> None:
     rule = Rule(pattern="lm_head", weight=BINARY)
-    found = weight_map(prepare(make_model("llama"), with_rules(rule)))
+    found = weight_map(prepare(make_model("llama-tied"), with_rules(rule)))
     assert found["model.embed_tokens"].weight == found["lm_head"].weight == BINARY
     assert found["lm_head"].input is None
 
@@ -209,18 +207,18 @@ def test_rules_that_disagree_about_one_weight_are_refused() -> None:
     with pytest.raises(
         SchemeError, match=r"'model.embed_tokens' and 'lm_head' share one weight.*matches both"
     ):
-        prepare(make_model("llama"), with_rules(*rules))
+        prepare(make_model("llama-tied"), with_rules(*rules))
 
 
 def test_without_a_spec_for_embeddings_table_and_head_stay() -> None:
     scheme = TERNARY.model_copy(update={"embedding": None})
-    student = prepare(make_model("llama"), scheme)
+    student = prepare(make_model("llama-tied"), scheme)
     assert type(student.lm_head) is nn.Linear
     assert type(student.model.embed_tokens) is nn.Embedding
 
 
 def test_untied_tables_of_encoder_and_decoder_are_quantized_each() -> None:
-    found = weight_map(make_any_student("bart", tie_word_embeddings=False))
+    found = weight_map(make_any_student("bart-untied"))
     tables = {name: spec for name, spec in found.items() if spec.kind == "embedding"}
     assert {"model.encoder.embed_tokens", "model.decoder.embed_tokens"} <= set(tables)
     assert {spec.shared_with for spec in tables.values()} == {None}
@@ -244,7 +242,7 @@ def two_that_share(kind: str) -> Any:
 
 
 def test_two_linears_that_share_are_quantized_as_one() -> None:
-    student = tutelage.prepare(two_that_share("two linears"), TERNARY)
+    student = prepare(two_that_share("two linears"), TERNARY)
     first, second = (f"bert.encoder.layer.{i}.attention.self.query" for i in range(2))
     assert shared(student) == {second: first}
     one, other = student.get_submodule(first), student.get_submodule(second)
@@ -258,22 +256,22 @@ def test_sharing_with_what_stays_is_refused_with_a_remedy_that_works(kind: str) 
     with pytest.raises(
         UnsupportedModelError, match=r"share one weight and only one of them"
     ) as error:
-        tutelage.prepare(model, TERNARY)
+        prepare(model, TERNARY)
     pattern = str(error.value).split("pattern='")[1].split("'")[0]
-    tutelage.prepare(model, with_rules(Rule(pattern=pattern)))
+    prepare(model, with_rules(Rule(pattern=pattern)))
 
 
 def test_sharing_with_two_specs_is_refused() -> None:
     rule = Rule(pattern=r".*layer\.1.*query", weight=BINARY)
     with pytest.raises(UnsupportedModelError, match="share one weight that would be quantized in"):
-        tutelage.prepare(two_that_share("two linears"), with_rules(rule))
+        prepare(two_that_share("two linears"), with_rules(rule))
 
 
 def test_one_module_under_two_names_is_refused() -> None:
     model = tiny("bert")
     model.bert.encoder.twin = model.bert.encoder.layer[0].output.dense
     with pytest.raises(UnsupportedModelError, match="are one module under two names"):
-        tutelage.prepare(model, TERNARY)
+        prepare(model, TERNARY)
 
 
 # Patch embeddings.
@@ -294,7 +292,7 @@ def test_a_rule_quantizes_the_patch_embedding(name: str) -> None:
     assert [type(m) for m in patches] == [QuantConv2d]
     (spec,) = [s for s in weight_map(student).values() if s.kind == "conv2d"]
     assert spec == ModuleSpec(kind="conv2d", weight=BINARY, input=PATCH.input)
-    assert not torch.equal(outputs_of(student), outputs_of(make_any_student(name)))
+    assert not torch.equal(output_of(student), output_of(make_any_student(name)))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +322,7 @@ def test_any_other_convolution_that_a_rule_names_is_refused(more: dict[str, Any]
 # Embeddings with a forward of their own.
 
 
-@pytest.mark.parametrize("name", ["gemma3", "bart"])
+@pytest.mark.parametrize("name", ["gemma3", "bart-scaled"])
 def test_scaled_embeddings_keep_their_scale(name: str) -> None:
     model = make_model(name)
     plain = model.get_input_embeddings()
@@ -344,11 +342,11 @@ def test_an_embedding_that_bypasses_the_lookup_is_refused() -> None:
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return self.weight[ids]
 
-    model = make_model("llama")
+    model = make_model("llama-tied")
     model.model.embed_tokens.__class__ = Own
     told = r"'model.embed_tokens' is a Own, which does not look its rows up.*exclude it with a Rule"
     with pytest.raises(UnsupportedModelError, match=told):
         prepare(model, TERNARY)
     assert type(model.model.embed_tokens) is Own
     prepare(model, with_rules(Rule(pattern=re.escape("model.embed_tokens"))))
-    assert outputs_of(model).isfinite().all()
+    assert output_of(model).isfinite().all()

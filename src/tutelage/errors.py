@@ -18,6 +18,7 @@ __all__ = [
     "TutelageError",
     "UnsupportedModelError",
     "nearest",
+    "not_of_transformers",
 ]
 
 
@@ -77,3 +78,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def not_of_transformers(model: object) -> UnsupportedModelError:
+    """Returns the error about a model of another library.
+
+    Args:
+        model: What was passed in place of a transformers model.
+    """
+    return UnsupportedModelError(
+        f"{type(model).__name__} is no transformers model; pass a PreTrainedModel."
+    )

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.errors import DataError
-from tutelage.train.data import Examples, read_examples, read_train_and_eval, split_examples
+from tutelage.train.data import Examples, read_examples, split_examples
 from tutelage.train.recipe import DataSection
+from tutelage.train.tasks import TextTask
 
 TEXTS = ['He said "no".', "a, b", "crème brûlée", "x\u2028y"]
 LABELS = ["neg", "pos", "neg", "pos"]
@@ -226,20 +227,20 @@ class TestClassFolders:
     def test_one_folder_is_split(self, folder: Path, evaluation: str) -> None:
         named = {"none": None, "same": str(folder)}.get(evaluation, f"{folder}/../news")
         wanted = section(train=str(folder), eval=named, eval_split=2)
-        train, held_out = read_train_and_eval(wanted)
+        train, held_out = TextTask.read(wanted)
         assert sorted(held_out.labels) == sorted(train.labels) == ["business", "sport"]
         assert set(train.texts).isdisjoint(held_out.texts)
 
     def test_one_folder_needs_a_split(self, folder: Path) -> None:
         with pytest.raises(DataError, match=r"are both '.*'; set data\.eval_split"):
-            read_train_and_eval(section(train=str(folder), eval=str(folder)))
+            TextTask.read(section(train=str(folder), eval=str(folder)))
 
 
 def test_two_files_are_not_split(tmp_path: Path) -> None:
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / name).write_text(f"text\tlabel\n{name}\ta\n", encoding="utf-8")
     wanted = section(train=f"{tmp_path}/train.tsv", eval=f"{tmp_path}/dev.tsv", eval_split=0.5)
-    train, held_out = read_train_and_eval(wanted)
+    train, held_out = TextTask.read(wanted)
     assert (train.texts, held_out.texts) == (["train.tsv"], ["dev.tsv"])
 
 
@@ -264,7 +265,7 @@ class TestDatasetsLibrary:
 
     def test_names_configs_and_splits(self, loaded: list[Any]) -> None:
         wanted = section(train="group/set:cfg", eval="group/set:cfg", train_split="train[:3]")
-        train, held_out = read_train_and_eval(wanted)
+        train, held_out = TextTask.read(wanted)
         assert train.labels == held_out.labels == ["pos", "neg", "pos"]
         assert loaded == [
             ("group/set", "cfg", "train[:3]"),

@@ -11,11 +11,12 @@ from transformers import AutoModelForSequenceClassification
 import tutelage
 from helpers import make_tokenizer, save_tiny, write_rows
 from tutelage.errors import DataError, RecipeError
-from tutelage.train.data import read_examples, read_train_and_eval
+from tutelage.train.data import read_examples
 from tutelage.train.evaluation import evaluate_folder
 from tutelage.train.metrics import agreement, kl_divergence
 from tutelage.train.recipe import DataSection, Recipe, load_recipe, recipe_from_dict
 from tutelage.train.run import run_recipe
+from tutelage.train.tasks import TextTask
 
 HEAD = ("a", "b", "c")
 
@@ -82,7 +83,7 @@ def test_labels_in_the_file_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 1 of .* has no label"):
         read_examples(str(path), DataSection(train=str(path), eval="e"))
     wanted = DataSection(train=str(path), eval=None, eval_split=1, label=None)
-    train, held_out = read_train_and_eval(wanted)
+    train, held_out = TextTask.read(wanted)
     assert (train.labels, held_out.labels) == (None, None)
     assert sorted(train.texts + held_out.texts) == ["w1", "w2"]
 

@@ -419,8 +419,7 @@ def test_the_order_of_examples_does_not_matter(
 ) -> None:
     from tutelage.train._models import encode_for, load_tokenizer
     from tutelage.train.data import read_examples
-    from tutelage.train.evaluation import predict_logits
-    from tutelage.train.tasks import TextTask
+    from tutelage.train.tasks import TextTask, predict_rows
 
     examples = read_examples(str(tmp_path / "dev.tsv"), make().data)
     model = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
@@ -428,7 +427,7 @@ def test_the_order_of_examples_does_not_matter(
     task = TextTask("classification", HEAD, "accuracy")
     data = encode_for(model, task, examples, tokenizer, 16)
     back = encode_for(model, task, examples.select(range(69, -1, -1)), tokenizer, 16)
-    one, other = (predict_logits(model, d, tokenizer, 7) for d in (data, back))
+    one, other = (predict_rows(model, d, task.collator(tokenizer), 7) for d in (data, back))
     np.testing.assert_allclose(one, other[::-1], atol=1e-6)
 
 

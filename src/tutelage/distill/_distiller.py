@@ -17,6 +17,7 @@ from ..sites import Signals, Site, Tap
 from . import losses as _losses
 from ._context import LossValue, StepContext
 from ._distributed import wrapped_forward
+from ._fit import refuse_other_shape, refuse_shared
 from ._items import ItemReader, ModelInputs, read_inputs, refuse_other_items
 from ._teacher import LiveTeacher, TeacherSource, prediction
 from .losses import Losses, WeightedTerm
@@ -85,7 +86,7 @@ class Distiller:
             )
         model = teacher.model if isinstance(teacher, LiveTeacher) else teacher
         if isinstance(model, nn.Module):
-            _refuse_shared(student, model)
+            refuse_shared(student, model)
         if not any(parameter.requires_grad for parameter in student.parameters()):
             raise UnsupportedModelError(
                 "no parameter of the student requires a gradient (a copy of a teacher in use is "
@@ -98,7 +99,7 @@ class Distiller:
         self._sites = state.sites
         self.losses = (losses if losses is not None else _losses.default()).fitted(self._sites)
         self._read = ItemReader(teacher, self._sites)
-        _refuse_other_shape(self._sites.shape(), teacher.sites.shape())
+        refuse_other_shape(self._sites.shape(), teacher.sites.shape())
 
     def step(
         self,
@@ -281,29 +282,3 @@ def _full(tensor: Tensor) -> Tensor:
 
 def _float32(signals: Signals) -> Signals:
     return {site: tuple(_full(tensor) for tensor in found) for site, found in signals.items()}
-
-
-def _refuse_shared(student: nn.Module, teacher: nn.Module) -> None:
-    own = {id(p): name for name, p in student.named_parameters()}
-    for parameter in teacher.parameters():
-        if id(parameter) in own:
-            raise IncompatibleTeacherError(
-                f"student and teacher share the parameter {own[id(parameter)]!r}; prepare a copy: "
-                "student = tutelage.prepare(copy.deepcopy(teacher), scheme)."
-            )
-
-
-def _refuse_other_shape(
-    student: tuple[tuple[int, int, int], ...], teacher: tuple[tuple[int, int, int], ...]
-) -> None:
-    if len(student) != len(teacher):
-        raise IncompatibleTeacherError(
-            f"the student has {len(student)} attention blocks, the teacher {len(teacher)}; they "
-            "must be of the same depth."
-        )
-    for index, (own, other) in enumerate(zip(student, teacher, strict=True)):
-        if own != other:
-            raise IncompatibleTeacherError(
-                f"block {index} of the student has (heads, width of a head, hidden width) {own}, "
-                f"the teacher's {other}; they must be of the same shape."
-            )

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from ._attention import ATTENTION_NAME as ATTENTION_NAME
 from ._attention import AttentionProbe as AttentionProbe
-from ._attention import AttentionQuantizer as AttentionQuantizer
 from ._attention import attention as attention
 from ._attention import probe_of as probe_of
 from ._attention import register_attention as register_attention
 from ._attention import use_attention as use_attention
+from ._attention_quantizer import AttentionQuantizer as AttentionQuantizer
 from ._conv2d import QuantConv2d as QuantConv2d
 from ._conv2d import is_patch_embedding as is_patch_embedding
 from ._embedding import QuantEmbedding as QuantEmbedding

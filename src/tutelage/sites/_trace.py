@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SiteError, UnsupportedModelError
-from ..nn import probe_of, use_attention
+from ..errors import SiteError, UnsupportedModelError, not_of_transformers
+from ..nn import kind_of, probe_of, use_attention
 from ._inputs import synthesize_inputs
 
 __all__ = ["Attention", "BlockCall", "LinearCall", "Trace", "trace"]
@@ -28,8 +28,16 @@ class LinearCall:
     at: int
     input: Tensor
     output: Tensor
-    in_features: int
-    out_features: int
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.input.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.output.shape[-1]
 
 
 @dataclass(eq=False)
@@ -181,17 +189,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def linear_like(module: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of a Linear or Conv1D, ``None`` for other modules."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
-
-
 def _require_gradient(module: nn.Module, args: Any, out: Tensor) -> None:
     # Weights may be frozen; what comes from an embedding shall leave a track all the same.
     if not out.requires_grad:
@@ -200,14 +197,14 @@ def _require_gradient(module: nn.Module, args: Any, out: Tensor) -> None:
 
 def _watch(module: nn.Module, name: str, into: Trace) -> Iterator[Any]:
     """Yields the handles of the hooks that log one module."""
-    features = linear_like(module)
-    if features is not None:
+    kind = kind_of(module)
+    if kind in ("linear", "conv1d"):
 
         def on_linear(_: nn.Module, args: Any, out: Tensor) -> None:
-            into.linears.append(LinearCall(name, into.tick(), args[0], out, *features))
+            into.linears.append(LinearCall(name, into.tick(), args[0], out))
 
         yield module.register_forward_hook(on_linear)
-    if isinstance(module, nn.Embedding):
+    if kind == "embedding":
         yield module.register_forward_hook(_require_gradient)
     if isinstance(module, nn.Dropout):
 
@@ -255,9 +252,7 @@ def trace(model: nn.Module) -> Trace:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is no transformers model; pass a PreTrainedModel."
-        )
+        raise not_of_transformers(model)
     inputs = synthesize_inputs(model)
     found = Trace(frozenset(inputs))
     for tensor in inputs.values():

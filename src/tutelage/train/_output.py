@@ -8,10 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from ..errors import ArtefactError, OutputExistsError, RecipeError, TutelageError
-from ..export import refuse_existing
+from ..export import refuse_existing, write_failures_as_os_error
 from ._result import RESULT_FILE
 from .recipe import Recipe, load_recipe
 
@@ -225,11 +223,12 @@ def writing(folder: Path) -> Iterator[None]:
         ArtefactError: The disk is full or the folder cannot be written.
     """
     try:
-        yield
+        with write_failures_as_os_error():
+            yield
     except TutelageError:
         sweep(folder)
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         reason = _write_failure(error)
         if reason is None:
             raise
@@ -243,10 +242,8 @@ def writing(folder: Path) -> Iterator[None]:
 def _write_failure(error: BaseException) -> str | None:
     """Returns why writing failed, ``None`` if the error is of another kind."""
     if isinstance(error, OSError):
-        return error.strerror or str(error).splitlines()[0]
+        return (error.strerror or str(error)).splitlines()[0]
     text = str(error)
-    if isinstance(error, SafetensorError):
-        return text.splitlines()[0]
     # torch.save reports a failed write as a RuntimeError of its zip writer.
     if "PytorchStreamWriter" in text or "inline_container" in text:
         return "torch could not finish a file; the disk may be full"

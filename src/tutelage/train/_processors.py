@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import RecipeError, TutelageError, UnsupportedModelError
@@ -45,9 +46,7 @@ def one_line(key: str, name: str) -> Iterator[None]:
             f"{key} {name!r} could not be loaded ({lines[0].strip().rstrip('.:')[:200]}); give a "
             "folder written by save_pretrained, or a model name that can be reached."
         ) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise RecipeError(
             f"the weights of {key} {name!r} are truncated or corrupt ({error}); copy or download "
             "the model again."

@@ -37,12 +37,15 @@ _Kind = TypeVar("_Kind", bound=_Labelled)
 def read_splits(section: DataSection, read: Callable[..., _Kind]) -> tuple[_Kind, _Kind]:
     """Reads the training and the evaluation examples of a recipe with a reader of one source.
 
+    Where the recipe names no evaluation data, or the same file or folder twice, a part of the
+    training examples is kept for evaluation, as ``eval_split`` says.
+
     Args:
         section: The recipe's data section.
         read: Called with the source, the section and ``split="train"`` or ``"eval"``.
 
     Returns:
-        The training and the evaluation examples, see ``read_train_and_eval``.
+        The training and the evaluation examples.
 
     Raises:
         DataError: If data are missing, empty, unreadable or malformed.

@@ -9,41 +9,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from .._prepare import prepared
 from ..distill import SAMPLE_IDS, Distiller, LiveTeacher, TeacherSource, TrainStep
 from ..distill.losses import Losses
-from ..errors import CheckpointError, NonFiniteLossError, RecipeError
+from ..errors import CheckpointError, NonFiniteLossError
 from ..intervention import Schedule
 from . import _checkpoint, _limits, _sharded
 from ._arguments import QATArguments
-from ._optim import BertAdam, reset_state, two_step_multiplier
 from ._settings import run_settings
-from ._storing import StoringTrainer
+from ._two_steps import TwoStepTrainer
 
 __all__ = ["QATTrainer"]
 
-_DEFAULT_STEPS = 60
 
-
-class _StepBoundary(TrainerCallback):
-    """Gives the second step a fresh optimizer; decided from the global step alone."""
-
-    def __init__(self, trainer: QATTrainer) -> None:
-        self._trainer = trainer
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        steps = self._trainer.active_schedule.steps
-        if 0 < steps == state.global_step:
-            reset_state(cast("Any", self._trainer.optimizer))
-
-
-class QATTrainer(StoringTrainer):
+class QATTrainer(TwoStepTrainer):
     """Trains a student under a teacher with ``transformers.Trainer``'s loop.
 
     Training has two steps. In the first, of ``schedule.steps`` steps, the teacher intervenes; the
@@ -95,8 +77,6 @@ class QATTrainer(StoringTrainer):
             RecipeError: Several processes, and a setting of DDP under which they would fail.
         """
         self.distiller = Distiller(student, teacher, losses)
-        self.schedule = schedule
-        self._active_schedule = schedule
         args = args if args is not None else QATArguments()
         _limits.check_ddp(args)
         super().__init__(
@@ -108,6 +88,7 @@ class QATTrainer(StoringTrainer):
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
+            schedule=schedule,
             **kwargs,
         )
         self._unsharded: _sharded.Unsharded | None = None
@@ -120,22 +101,10 @@ class QATTrainer(StoringTrainer):
             self.distiller.teacher.model.to(self.args.device)
         # Otherwise transformers multiplies eval_loss by the number of processes.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(_StepBoundary(self))
         self._step = TrainStep(self.distiller, None)
         self._parts: list[Any] = []
         self._counts: Mapping[str, Tensor | int] | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}
-
-    @property
-    def active_schedule(self) -> Schedule:
-        """The schedule of the present run.
-
-        Raises:
-            RecipeError: None was given and training has not begun.
-        """
-        if self._active_schedule is None:
-            raise RecipeError("the default schedule is known when training begins.")
-        return self._active_schedule
 
     def train(
         self,
@@ -239,52 +208,6 @@ class QATTrainer(StoringTrainer):
         columns = cast("list[str]", self._signature_columns)
         if SAMPLE_IDS not in columns:
             columns.append(SAMPLE_IDS)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Makes the optimizer; the published one where the arguments ask for it."""
-        if getattr(self.args, "qat_optimizer", "adamw") == "bert_adam":
-            constants = {
-                "lr": self.args.learning_rate,
-                "betas": (self.args.adam_beta1, self.args.adam_beta2),
-                "eps": 1e-6,
-            }
-            self.optimizer_cls_and_kwargs = (BertAdam, constants)
-        return super().create_optimizer(model)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Returns the parameters with weight decay; those of quantizers have none."""
-        names = super().get_decay_parameter_names(cast("PreTrainedModel", model))
-        return [name for name in names if "_quantizer." not in name]
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> Any:
-        """Makes the learning-rate schedule: warm-up and decay in each of the two steps.
-
-        Args:
-            num_training_steps: Length of the run.
-            optimizer: As in ``Trainer``.
-
-        Raises:
-            RecipeError: The schedule is longer than the run, or ``lr_scheduler_type`` cannot be
-                split in two.
-        """
-        if self.schedule is None:
-            steps = min(_DEFAULT_STEPS, num_training_steps // 3)
-            self._active_schedule = Schedule.gradual(steps)
-        steps = self.active_schedule.steps
-        if steps > num_training_steps:
-            raise RecipeError(
-                f"the schedule intervenes for {steps} steps, training has {num_training_steps}; "
-                "shorten the schedule or raise max_steps."
-            )
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer if optimizer is not None else cast("Any", self.optimizer),
-                two_step_multiplier(self.args, steps, num_training_steps),
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every loss term since the last entry, and stops at NaN.

@@ -18,7 +18,6 @@ from ._readers import (
     refuse_empty,
 )
 from ._sections import DataSection
-from ._split import read_splits
 from ._split import split_examples as split_examples
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "column_of",
     "read_columns",
     "read_examples",
-    "read_train_and_eval",
     "split_examples",
 ]
 
@@ -63,24 +61,6 @@ class Examples:
         labels: Any = None if self.labels is None else [self.labels[i] for i in indices]
         pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
         return Examples([self.texts[i] for i in indices], pairs, labels, self.source)
-
-
-def read_train_and_eval(section: DataSection) -> tuple[Examples, Examples]:
-    """Reads the training and the evaluation examples of a recipe.
-
-    Where the recipe names no evaluation data, or the same file or folder twice, a part of the
-    training examples is kept for evaluation, as `eval_split` says.
-
-    Args:
-        section: The recipe's data section.
-
-    Returns:
-        The training and the evaluation examples.
-
-    Raises:
-        DataError: If data are missing, empty, unreadable or malformed.
-    """
-    return read_splits(section, read_examples)
 
 
 def read_examples(

@@ -14,9 +14,9 @@ from ._models import encode_for
 from ._output import RECIPE_FILE
 from ._sections import DataSection
 from .recipe import load_recipe
-from .tasks import TASKS, Prediction, Task, predict_logits, task_of_model
+from .tasks import TASKS, Prediction, Task, task_of_model
 
-__all__ = ["Evaluation", "Prediction", "evaluate_folder", "predict_logits", "predict_texts"]
+__all__ = ["Evaluation", "Prediction", "evaluate_folder", "predict_texts"]
 
 
 @dataclass(frozen=True)

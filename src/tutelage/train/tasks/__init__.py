@@ -8,7 +8,7 @@ from ._dataset import EncodedDataset as EncodedDataset
 from ._dataset import TaskDataset as TaskDataset
 from ._dataset import batches as batches
 from ._dataset import for_model as for_model
-from ._dataset import predict_logits as predict_logits
+from ._dataset import predict_rows as predict_rows
 from ._prediction import Answer as Answer
 from ._prediction import Prediction as Prediction
 from ._prediction import WordLabels as WordLabels
@@ -42,7 +42,7 @@ __all__ = [
     "build_task",
     "for_model",
     "has_head",
-    "predict_logits",
+    "predict_rows",
     "task_of_model",
 ]
 

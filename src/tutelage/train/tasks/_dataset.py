@@ -6,6 +6,7 @@ import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
+from operator import attrgetter
 from typing import Any, Self
 
 import numpy as np
@@ -16,7 +17,13 @@ from torch.utils.data import Dataset
 
 from ...errors import DataError
 
-__all__ = ["EncodedDataset", "TaskDataset", "batches", "for_model", "predict_logits"]
+__all__ = [
+    "EncodedDataset",
+    "TaskDataset",
+    "batches",
+    "for_model",
+    "predict_rows",
+]
 
 
 class TaskDataset(Dataset[dict[str, Any]]):
@@ -116,27 +123,31 @@ def batches(
         yield rows, dict(collate([data[row] for row in rows]))
 
 
-def predict_logits(
-    model: nn.Module, data: TaskDataset, tokenizer: Any, batch_size: int = 64
-) -> npt.NDArray[np.float32]:
-    """Runs a model over examples in batches of like length.
+def predict_rows(
+    model: nn.Module,
+    data: TaskDataset,
+    collate: Callable[[list[dict[str, Any]]], Any],
+    size: int = 64,
+    of: Callable[[Any], Tensor] = attrgetter("logits"),
+) -> list[npt.NDArray[np.float32]]:
+    """Runs a model over items in batches of like length.
 
     Args:
-        model: A classifier in eval mode.
-        data: The examples.
-        tokenizer: Pads each batch to its longest text.
-        batch_size: Examples per batch.
+        model: A model in eval mode.
+        data: The items; inputs that the model does not take are left out.
+        collate: Makes a batch of items.
+        size: Items per batch.
+        of: Returns the predictions, (batch, ...), of a model's output.
 
     Returns:
-        (examples, classes), in the order of the data.
+        The predictions of every item in the order of the data; those of tokens are padded to the
+        longest item of their batch.
     """
-    from transformers import DataCollatorWithPadding
-
     device = next(model.parameters()).device
-    logits: dict[int, npt.NDArray[np.float32]] = {}
+    found: dict[int, npt.NDArray[np.float32]] = {}
     with torch.inference_mode():
-        for rows, batch in batches(data, DataCollatorWithPadding(tokenizer), batch_size):
+        for rows, batch in batches(for_model(data, model), collate, size):
             batch.pop("labels", None)
-            output = model(**{key: value.to(device) for key, value in batch.items()}).logits
-            logits.update(zip(rows, output.float().cpu().numpy(), strict=True))
-    return np.stack([logits[row] for row in range(len(data))])
+            output = model(**{key: value.to(device) for key, value in batch.items()})
+            found.update(zip(rows, of(output).float().cpu().numpy(), strict=True))
+    return [found[row] for row in range(len(data))]

@@ -13,8 +13,10 @@ __all__ = [
     "class_settings",
     "head_names",
     "label_ids",
+    "no_teacher",
     "shown",
     "spellings_of",
+    "unlabelled_names",
 ]
 
 
@@ -173,6 +175,33 @@ def head_names(model_config: Any) -> tuple[str, ...]:
     """
     id2label = {int(index): str(name) for index, name in model_config.id2label.items()}
     return tuple(id2label[index] for index in sorted(id2label))
+
+
+def unlabelled_names(head: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the outputs of a task without labels: the teacher's.
+
+    Args:
+        head: The names of the head's outputs; None without a head.
+
+    Raises:
+        DataError: There is no head, or it has one output.
+    """
+    if head is None:
+        raise no_teacher()
+    if len(head) < 2:
+        raise DataError(
+            f"data.label is null, but the teacher's head has the one output {shown(head)!r}; give "
+            "a teacher of at least two classes, or labelled data."
+        )
+    return head
+
+
+def no_teacher() -> DataError:
+    """Returns the error about data without labels and a model without a head."""
+    return DataError(
+        "data.label is null, so that no teacher can be fine-tuned, and the model has no head for "
+        "the task; name a fine-tuned model as model.teacher."
+    )
 
 
 def _ordered(labels: set[str]) -> tuple[str, ...]:

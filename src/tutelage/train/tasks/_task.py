@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from .._sections import DataSection
+from .._split import read_splits
 from ..metrics import METRICS
 from ._dataset import TaskDataset
 
@@ -70,6 +71,8 @@ class Task(ABC):
         processor_name: What makes its inputs, in words.
         processor_files: One of them is in a folder that holds it; empty where there is no default
             for a folder without.
+        reader: Reads examples from one source; called with the source, the section and
+            ``split="train"`` or ``"eval"``.
         loss: The mean task loss from a model's output and ``labels``, where the model's own is
             not used; called as ``compute_loss_func`` of ``transformers.Trainer``.
     """
@@ -80,25 +83,22 @@ class Task(ABC):
     head: ClassVar[Head]
     processor_name: ClassVar[str] = "tokenizer"
     processor_files: ClassVar[tuple[str, ...]] = ()
+    reader: ClassVar[Callable[..., Any]]
     loss: ClassVar[Callable[..., Tensor] | None] = None
 
     @classmethod
-    @abstractmethod
     def read(cls, section: DataSection) -> tuple[Any, Any]:
-        """Reads the training and the evaluation examples of a recipe.
+        """Reads the training and the evaluation examples of a recipe, see ``read_splits``.
 
         Raises:
             DataError: Data are missing, empty, unreadable or malformed.
         """
+        return read_splits(section, cls.reader)
 
     @classmethod
-    @abstractmethod
     def read_one(cls, source: str, section: DataSection) -> Any:
-        """Reads evaluation examples from one source.
-
-        Raises:
-            DataError: Data are missing, empty, unreadable or malformed.
-        """
+        """Reads evaluation examples from one source, see ``read``."""
+        return cls.reader(source, section, split="eval")
 
     @classmethod
     @abstractmethod
@@ -116,9 +116,8 @@ class Task(ABC):
         """
 
     @classmethod
-    @abstractmethod
     def of_model(cls, model: nn.Module, section: DataSection, examples: Any) -> Self:
-        """Makes the task of a trained model for evaluation.
+        """Makes the task of a trained model for evaluation, by default as for a recipe.
 
         Args:
             model: A model with the task's head.
@@ -128,6 +127,7 @@ class Task(ABC):
         Raises:
             DataError: The data do not fit the model.
         """
+        return cls.build(examples, section, examples, model.config)
 
     @classmethod
     @abstractmethod

@@ -12,7 +12,7 @@ from .._processors import load_tokenizer, position_limit
 from .._sections import DataSection
 from ._task import Task, ignore
 
-__all__ = ["TokenInputs"]
+__all__ = ["TokenInputs", "padded_right"]
 
 
 class TokenInputs(Task):
@@ -88,3 +88,14 @@ class TokenInputs(Task):
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(processor)
+
+
+def padded_right(items: list[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
+    """Pads the inputs of items on the right: positions in labels are counted from the left.
+
+    Args:
+        items: What a dataset gives; labels are left out.
+        processor: A Hugging Face tokenizer.
+    """
+    inputs = [{key: item[key] for key in item if key != "labels"} for item in items]
+    return dict(processor.pad(inputs, padding_side="right", return_tensors="pt"))

@@ -104,11 +104,6 @@ class CausalLM(TokenInputs):
         vocabulary = int(model_config.get_text_config().vocab_size)
         return cls(section.metric or "perplexity", vocabulary, section.max_length)
 
-    @classmethod
-    def of_model(cls, model: nn.Module, section: DataSection, examples: Corpus) -> CausalLM:
-        """Makes the task of a trained model."""
-        return cls.build(examples, section, examples, model.config)
-
     @property
     def eval_batch_size(self) -> int:
         """Blocks of a batch in evaluation: as many as keep its logits small."""

@@ -17,10 +17,17 @@ from .._processors import IMAGE_PROCESSOR_FILES, load_image_processor
 from .._sections import DataSection
 from ..metrics import evaluate_metrics
 from ._dataset import TaskDataset
-from ._labels import class_labels, class_settings, head_names, label_ids, spellings_of
+from ._labels import (
+    class_labels,
+    class_settings,
+    head_names,
+    label_ids,
+    spellings_of,
+    unlabelled_names,
+)
 from ._prediction import Prediction, likeliest
 from ._task import AGREEMENT, Array, Head, Task, ignore, stacked
-from .text_classification import class_metric, unlabelled_names
+from .text_classification import class_metric
 
 __all__ = ["ImageDataset", "ImageTask"]
 
@@ -69,6 +76,7 @@ class ImageTask(Task):
     spellings: tuple[str, ...] = ()
 
     kind = "image_classification"
+    reader = staticmethod(read_images)
     processor_name: ClassVar[str] = "image processor"
     processor_files: ClassVar[tuple[str, ...]] = IMAGE_PROCESSOR_FILES
     head: ClassVar[Head] = Head(
@@ -88,11 +96,6 @@ class ImageTask(Task):
     def read(cls, section: DataSection) -> tuple[ImageExamples, ImageExamples]:
         """Reads the images of a recipe, see ``read_image_splits``."""
         return read_image_splits(section)
-
-    @classmethod
-    def read_one(cls, source: str, section: DataSection) -> ImageExamples:
-        """Reads images for evaluation, see ``read_images``."""
-        return read_images(source, section, split="eval")
 
     @classmethod
     def build(

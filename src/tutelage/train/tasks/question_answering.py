@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from .._sections import DataSection
-from .._split import read_splits
 from .._squad import QuestionExamples, read_questions
 from ..metrics import compute_metrics
-from ._dataset import EncodedDataset, batches, for_model
+from ._dataset import EncodedDataset, predict_rows
+from ._labels import no_teacher
 from ._prediction import Answer
 from ._task import AGREEMENT, Array, Head
-from ._text import TokenInputs
+from ._text import TokenInputs, padded_right
 
 __all__ = ["QuestionTask", "WindowDataset"]
 
@@ -78,6 +78,7 @@ class QuestionTask(TokenInputs):
 
     kind = "question_answering"
     label_names = ()
+    reader = staticmethod(read_questions)
     head: ClassVar[Head] = Head(
         suffixes=("ForQuestionAnswering",),
         auto="AutoModelForQuestionAnswering",
@@ -92,16 +93,6 @@ class QuestionTask(TokenInputs):
         return {"num_labels": 2}
 
     @classmethod
-    def read(cls, section: DataSection) -> tuple[QuestionExamples, QuestionExamples]:
-        """Reads the questions of a recipe, see ``read_questions``."""
-        return read_splits(section, read_questions)
-
-    @classmethod
-    def read_one(cls, source: str, section: DataSection) -> QuestionExamples:
-        """Reads questions for evaluation, see ``read_questions``."""
-        return read_questions(source, section, split="eval")
-
-    @classmethod
     def build(
         cls,
         train: QuestionExamples,
@@ -111,19 +102,9 @@ class QuestionTask(TokenInputs):
     ) -> QuestionTask:
         """Makes the task of a recipe."""
         if section.label is None and not cls.head.on(model_config):
-            raise DataError(
-                "data.label is null, so that no teacher can be fine-tuned, and the model has no "
-                "head for the task; name a fine-tuned model as model.teacher."
-            )
+            raise no_teacher()
         metric = section.metric or ("answer_f1" if section.label is not None else AGREEMENT)
         return cls(metric, section.stride, section.max_answer)
-
-    @classmethod
-    def of_model(
-        cls, model: nn.Module, section: DataSection, examples: QuestionExamples
-    ) -> QuestionTask:
-        """Makes the task of a trained model."""
-        return cls.build(examples, section, examples, model.config)
 
     def encode(self, examples: QuestionExamples, processor: Any, max_length: int) -> WindowDataset:
         """Tokenizes questions and contexts into windows, without padding.
@@ -172,9 +153,7 @@ class QuestionTask(TokenInputs):
         """Returns what pads a batch to its longest window."""
 
         def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-            inputs = [{k: v for k, v in item.items() if k != "labels"} for item in items]
-            # Positions of answers are counted from the left.
-            batch = dict(processor.pad(inputs, padding_side="right", return_tensors="pt"))
+            batch = padded_right(items, processor)
             if "labels" in items[0]:
                 batch["labels"] = torch.tensor([item["labels"] for item in items])
             return batch
@@ -268,15 +247,12 @@ class QuestionTask(TokenInputs):
             task = cls("answer_f1", min(given.stride, limit // 4), given.max_answer)
         examples = QuestionExamples(list(inputs), list(pairs), None, "the texts")
         encoded = task.encode(examples, processor, limit)
-        data = for_model(encoded, model)
-        found: dict[int, Array] = {}
-        with torch.inference_mode():
-            for rows, batch in batches(data, task.collator(processor), task.eval_batch_size):
-                output = model(**batch)
-                values = task.values((output.start_logits, output.end_logits))
-                kept = task.reduce(values.float(), None).numpy()
-                found.update(zip(rows, kept, strict=True))
-        return task.answers([found[row] for row in range(len(data))], encoded)
+
+        def logits(output: Any) -> Tensor:
+            return task.reduce(task.values((output.start_logits, output.end_logits)), None)
+
+        rows = predict_rows(model, encoded, task.collator(processor), of=logits)
+        return task.answers(rows, encoded)
 
 
 def _answer_tokens(offsets: Array, text: str, start: int) -> list[int]:

@@ -12,10 +12,17 @@ from torch import nn
 from ...errors import DataError
 from .._processors import position_limit
 from .._sections import DataSection
-from ..data import Examples, read_examples, read_train_and_eval
+from ..data import Examples, read_examples
 from ..metrics import METRICS, evaluate_metrics
-from ._dataset import EncodedDataset, for_model, predict_logits
-from ._labels import class_labels, class_settings, head_names, label_ids, shown, spellings_of
+from ._dataset import EncodedDataset, predict_rows
+from ._labels import (
+    class_labels,
+    class_settings,
+    head_names,
+    label_ids,
+    spellings_of,
+    unlabelled_names,
+)
 from ._prediction import Prediction, likeliest
 from ._task import AGREEMENT, Array, Head, stacked
 from ._text import TokenInputs
@@ -40,6 +47,7 @@ class TextTask(TokenInputs):
     metric: str
     spellings: tuple[str, ...] = ()
 
+    reader = staticmethod(read_examples)
     head: ClassVar[Head] = Head(
         suffixes=("ForSequenceClassification",),
         auto="AutoModelForSequenceClassification",
@@ -69,16 +77,6 @@ class TextTask(TokenInputs):
         """Number, names and problem type of the outputs."""
         settings: dict[str, Any] = {"problem_type": self.problem_type, "num_labels": 1}
         return settings | (class_settings(self.label_names) if self.label_names else {})
-
-    @classmethod
-    def read(cls, section: DataSection) -> tuple[Examples, Examples]:
-        """Reads the texts of a recipe, see ``read_train_and_eval``."""
-        return read_train_and_eval(section)
-
-    @classmethod
-    def read_one(cls, source: str, section: DataSection) -> Examples:
-        """Reads texts for evaluation, see ``read_examples``."""
-        return read_examples(source, section, split="eval")
 
     @classmethod
     def build(
@@ -155,7 +153,7 @@ class TextTask(TokenInputs):
         examples = Examples(list(inputs), second, None, "the texts")
         limit, positions = max_length or processor.model_max_length, position_limit(model)
         data = task.encode(examples, processor, min(limit, positions or limit))
-        logits = predict_logits(model, for_model(data, model), processor)
+        logits = stacked(predict_rows(model, data, task.collator(processor)))
         if not names:
             return [Prediction(None, None, float(row[0])) for row in logits]
         return likeliest(logits, names)
@@ -230,28 +228,6 @@ def build_task(
         map(str, train.labels), map(str, eval.labels), section, (train.source, eval.source), head
     )
     return TextTask(section.task, names, class_metric(section, names), spellings)
-
-
-def unlabelled_names(head: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Returns the outputs of a task without labels: the teacher's.
-
-    Args:
-        head: The names of the head's outputs; None without a head.
-
-    Raises:
-        DataError: There is no head, or it has one output.
-    """
-    if head is None:
-        raise DataError(
-            "data.label is null, so that no teacher can be fine-tuned, and the model has no head "
-            "for the task; name a fine-tuned model as model.teacher."
-        )
-    if len(head) < 2:
-        raise DataError(
-            f"data.label is null, but the teacher's head has the one output {shown(head)!r}; give "
-            "a teacher of at least two classes, or labelled data."
-        )
-    return head
 
 
 def class_metric(section: DataSection, names: tuple[str, ...]) -> str:

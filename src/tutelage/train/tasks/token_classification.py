@@ -14,15 +14,20 @@ from ...errors import DataError, UnsupportedModelError
 from .._bio import is_bio
 from .._processors import load_tokenizer
 from .._sections import DataSection
-from .._split import read_splits
 from .._tagged import TaggedExamples, read_tagged
 from ..metrics import compute_metrics
-from ._dataset import EncodedDataset, batches, for_model
-from ._labels import class_labels, class_settings, head_names, label_ids, spellings_of
+from ._dataset import EncodedDataset, predict_rows
+from ._labels import (
+    class_labels,
+    class_settings,
+    head_names,
+    label_ids,
+    spellings_of,
+    unlabelled_names,
+)
 from ._prediction import WordLabels
 from ._task import AGREEMENT, Array, Head
-from ._text import TokenInputs
-from .text_classification import unlabelled_names
+from ._text import TokenInputs, padded_right
 
 __all__ = ["TaggedDataset", "TokenTask"]
 
@@ -76,6 +81,7 @@ class TokenTask(TokenInputs):
     spellings: tuple[str, ...] = ()
 
     kind = "token_classification"
+    reader = staticmethod(read_tagged)
     head: ClassVar[Head] = Head(
         suffixes=("ForTokenClassification",),
         auto="AutoModelForTokenClassification",
@@ -88,16 +94,6 @@ class TokenTask(TokenInputs):
     def model_settings(self) -> dict[str, Any]:
         """Number and names of the outputs."""
         return class_settings(self.label_names)
-
-    @classmethod
-    def read(cls, section: DataSection) -> tuple[TaggedExamples, TaggedExamples]:
-        """Reads the sentences of a recipe, see ``read_tagged``."""
-        return read_splits(section, read_tagged)
-
-    @classmethod
-    def read_one(cls, source: str, section: DataSection) -> TaggedExamples:
-        """Reads sentences for evaluation, see ``read_tagged``."""
-        return read_tagged(source, section, split="eval")
 
     @classmethod
     def build(
@@ -193,9 +189,7 @@ class TokenTask(TokenInputs):
         """Returns what pads a batch to its longest sentence, labels with -100."""
 
         def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-            inputs = [{k: v for k, v in item.items() if k != "labels"} for item in items]
-            # Positions of words are counted from the left.
-            batch = dict(processor.pad(inputs, padding_side="right", return_tensors="pt"))
+            batch = padded_right(items, processor)
             if "labels" in items[0]:
                 batch["labels"] = torch.full_like(batch["input_ids"], _IGNORED)
                 for row, item in zip(batch["labels"], items, strict=True):
@@ -249,16 +243,13 @@ class TokenTask(TokenInputs):
         given = DataSection(task="token_classification", train="-", eval="-", max_length=wanted)
         limit = task.limit(given, [model], processor)
         encoded = task.encode(TaggedExamples(sentences, None, "the texts"), processor, limit)
-        data = for_model(encoded, model)
-        found: dict[int, list[str | None]] = {}
-        with torch.inference_mode():
-            for rows, batch in batches(data, task.collator(processor), task.eval_batch_size):
-                for row, logits in zip(rows, model(**batch).logits, strict=True):
-                    found[row] = [None] * len(sentences[row])
-                    best = task.compared(logits, encoded, row).argmax(-1).tolist()
-                    for word, index in zip(encoded.words[row], best, strict=True):
-                        found[row][word] = task.label_names[index]
-        return [WordLabels(words, found[row]) for row, words in enumerate(sentences)]
+        rows = predict_rows(model, encoded, task.collator(processor))
+        found = [WordLabels(words, [None] * len(words)) for words in sentences]
+        for row, logits in enumerate(rows):
+            best = logits[encoded.starts[row]].argmax(-1)
+            for word, index in zip(encoded.words[row], best, strict=True):
+                found[row].labels[word] = task.label_names[index]
+        return found
 
 
 def _metric(section: DataSection, names: tuple[str, ...]) -> str:
