@@ -298,7 +298,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name: str, stage: Any) -> 
         torch.testing.assert_close(recomputed[key], gradient, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", _CHECKPOINTING)
 def test_reentrant_checkpointing_is_refused(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
     sites = discover(model)

@@ -169,7 +169,7 @@ def _entry(found: Trace, roles: _Roles, taken: set[int], later: list[_Roles]) ->
         ffn=ffn,
         heads=heads,
         width=output.in_features // heads,
-        hidden=output.out_features,
+        hidden=block.width,
         call=sum(c.name == output.name and c.at < output.at for c in found.linears),
         block_call=block.number,
         kind="cross" if cross else "self",

@@ -53,7 +53,7 @@ class BlockSites:
             another attention call comes first.
         heads: Number of query heads.
         width: Width of one head of the context.
-        hidden: Width of the residual stream.
+        hidden: Width of the block's output.
         call: How many calls of ``output`` came before in one forward pass; 0 unless shared.
         block_call: How many calls of ``block`` came before; 0 unless shared.
         kind: ``"self"``, or ``"cross"`` where keys come from elsewhere.

@@ -42,12 +42,13 @@ class LinearCall:
 
 @dataclass(eq=False)
 class BlockCall:
-    """A call of a member of a ModuleList, from ``start`` to ``stop``."""
+    """A call of a member of a ModuleList, from ``start`` to ``stop``; ``width`` of its output."""
 
     name: str
     number: int
     start: int
     stop: int = -1
+    width: int = 0
 
 
 @dataclass(eq=False)
@@ -225,7 +226,10 @@ def _watch_block(module: nn.Module, name: str, into: Trace) -> Iterator[Any]:
         into.blocks.append(open_calls[-1])
 
     def leave(_: nn.Module, args: Any, out: Any) -> None:
-        open_calls.pop().stop = into.tick()
+        call = open_calls.pop()
+        call.stop = into.tick()
+        first = out[0] if isinstance(out, tuple) else out
+        call.width = first.shape[-1] if isinstance(first, Tensor) else 0
 
     yield module.register_forward_pre_hook(enter)
     yield module.register_forward_hook(leave)
