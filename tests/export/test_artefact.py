@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import tutelage
@@ -377,3 +378,17 @@ def test_causal_classifier_with_grouped_heads(preset: str, tmp_path: Path) -> No
     tutelage.save(student, tmp_path / "out")
     loaded = tutelage.load(tmp_path / "out")
     assert same_bits(logits_of(loaded, make_batch()), logits_of(student, make_batch()))
+
+
+def test_a_sharded_student_is_not_saved_in_part(tmp_path: Path) -> None:
+    student = make_student()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        fully_shard(student, mesh=mesh)
+        with pytest.raises(UnsupportedModelError, match=r"spread over .* QATTrainer\.save_model"):
+            tutelage.save(student, tmp_path / "out")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from .._prepare import Prepared, prepared
@@ -44,7 +45,7 @@ def save(
         The folder.
 
     Raises:
-        UnsupportedModelError: The model was not prepared.
+        UnsupportedModelError: The model was not prepared, or is spread over processes.
         OutputExistsError: The folder is not empty.
         ArtefactError: Writing failed; nothing is left behind.
     """
@@ -80,7 +81,21 @@ def _require_prepared(student: nn.Module) -> Prepared:
         raise UnsupportedModelError(
             f"{type(student).__name__} is not prepared; call tutelage.prepare(model, scheme)."
         )
+    _refuse_sharded(student)
     return state
+
+
+def _refuse_sharded(student: nn.Module) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in student.named_parameters():
+        if isinstance(parameter.data, DTensor):
+            raise UnsupportedModelError(
+                f"{name!r} is spread over processes (fully_shard), and this one holds a part of "
+                "it; save with QATTrainer.save_model, which gathers the weights."
+            )
 
 
 def _write(student: nn.Module, stage: Path, processor: Any, metrics: Mapping[str, Any]) -> None:
