@@ -82,6 +82,30 @@ def test_pairs_and_numbers(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet"])
+def test_one_text_of_a_pair_may_be_blank(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"data.{kind}"
+    frame = pd.DataFrame({"text": ["a", "", "c"], "other": ["", "b", "d"], "label": [0, 1, 1]})
+    if kind == "parquet":
+        frame.to_parquet(path)
+    elif kind == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, sep="\t" if kind == "tsv" else ",", index=False)
+    wanted = section(task="pair", text_pair="other")
+    examples = read_examples(str(path), wanted)
+    assert (examples.texts, examples.pairs) == (["a", "", "c"], ["", "b", "d"])
+    with pytest.raises(DataError, match=r"row 2 of .* has no text; "):
+        read_examples(str(path), section())
+
+
+def test_both_texts_of_a_pair_blank_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("text,other,label\na,b,0\n, ,1\n", encoding="utf-8")
+    with pytest.raises(DataError, match="row 2 of .* has neither text nor text_pair"):
+        read_examples(str(path), section(task="pair", text_pair="other"))
+
+
 def test_byte_order_mark_and_other_encodings(tmp_path: Path) -> None:
     path = tmp_path / "data.tsv"
     path.write_text("text\tlabel\né\ta\n", encoding="utf-8-sig")

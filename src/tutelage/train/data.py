@@ -128,18 +128,21 @@ def read_columns(
 
 
 def _examples(columns: dict[Any, Sequence[Any]], source: str, section: DataSection) -> Examples:
-    texts = [str(cell) for cell in _cells(columns, section.text, "text", source)]
+    paired = section.text_pair is not None
+    texts = [str(cell) for cell in _cells(columns, section.text, "text", source, blank=paired)]
     pairs = None
     if section.text_pair is not None:
-        pairs = [str(cell) for cell in _cells(columns, section.text_pair, "text_pair", source)]
+        cells = _cells(columns, section.text_pair, "text_pair", source, blank=True)
+        pairs = [str(cell) for cell in cells]
+        _refuse_blank_pairs(texts, pairs, source)
     if section.label is None:
         return Examples(texts, pairs, None, source)
-    cells = _cells(columns, section.label, "label", source)
+    given = _cells(columns, section.label, "label", source)
     labels: list[str] | list[float]
     if section.task.endswith("regression"):
-        labels = [_number(cell, row, source) for row, cell in enumerate(cells, start=1)]
+        labels = [_number(cell, row, source) for row, cell in enumerate(given, start=1)]
     else:
-        labels = [_class(cell) for cell in cells]
+        labels = [_class(cell) for cell in given]
     return Examples(texts, pairs, labels, source)
 
 
@@ -174,12 +177,27 @@ def column_of(
     )
 
 
+def _refuse_blank_pairs(texts: list[str], pairs: list[str], source: str) -> None:
+    # One of two may be blank, as in a few rows of QQP.
+    for row, (first, second) in enumerate(zip(texts, pairs, strict=True), start=1):
+        if not first.strip() and not second.strip():
+            raise DataError(
+                f"row {row} of {source!r} has neither text nor text_pair; add them or remove the "
+                "row."
+            )
+
+
 def _cells(
-    columns: dict[Any, Sequence[Any]], wanted: str | int, key: str, source: str
+    columns: dict[Any, Sequence[Any]],
+    wanted: str | int,
+    key: str,
+    source: str,
+    *,
+    blank: bool = False,
 ) -> list[str | int | float]:
     cells: list[str | int | float] = []
     for row, value in enumerate(column_of(columns, wanted, key, source), start=1):
-        if _missing(value):
+        if _missing(value) and not (blank and isinstance(value, str)):
             raise DataError(f"row {row} of {source!r} has no {key}; add it or remove the row.")
         if not isinstance(value, str | int | float):
             raise DataError(
