@@ -102,7 +102,7 @@ def test_one_text_of_a_pair_may_be_blank(tmp_path: Path, kind: str) -> None:
 def test_both_texts_of_a_pair_blank_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_text("text,other,label\na,b,0\n, ,1\n", encoding="utf-8")
-    with pytest.raises(DataError, match="row 2 of .* has neither text nor text_pair"):
+    with pytest.raises(DataError, match=r"row 2 of .* has neither text nor text_pair"):
         read_examples(str(path), section(task="pair", text_pair="other"))
 
 
