@@ -106,16 +106,19 @@ class StoringTrainer(Trainer):
         _checkpoint.load_latent(cast("nn.Module", self.model), Path(cast("str", best)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            _checkpoint.refuse_other_run(Path(checkpoint), self._run_settings())
-        if checkpoint is None or not _sharded.is_sharded(cast("nn.Module", self.model)):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
         folder = Path(checkpoint)
+        _checkpoint.refuse_other_run(folder, self._run_settings())
         optimizer = cast("torch.optim.Optimizer", self.optimizer)
-        _sharded.load_optimizer(optimizer, folder, self.args.process_index)
-        state = torch.load(folder / "scheduler.pt", weights_only=True)
-        cast("Any", self.lr_scheduler).load_state_dict(state)
+        if _sharded.is_sharded(cast("nn.Module", self.model)):
+            _sharded.load_optimizer(optimizer, folder, self.args.process_index)
+        else:
+            # To the host first: transformers 5.17 asks torch for "cpu:0", which it does not know.
+            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state)
+        scheduler = torch.load(folder / "scheduler.pt", weights_only=True)
+        cast("Any", self.lr_scheduler).load_state_dict(scheduler)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not _sharded.is_sharded(cast("nn.Module", self.model)):
