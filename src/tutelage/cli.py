@@ -139,7 +139,9 @@ def predict(
     folder: _Folder,
     texts: Annotated[
         list[str],
-        typer.Argument(metavar="TEXT...", help="Texts, or image files, or contexts of questions."),
+        typer.Argument(
+            metavar="TEXT...", help="Texts, image files, contexts of questions, or beginnings."
+        ),
     ],
     pair: Annotated[
         list[str] | None,

@@ -108,8 +108,25 @@ def test_from_recipe_to_perplexity(make: Callable[..., Recipe], llama: Path) -> 
     found = evaluate_folder(folder, load_recipe(folder / "recipe.yaml").data)
     assert found.metrics == result.student.metrics
     assert pipeline("text-generation", str(folder))("w1 w2", max_new_tokens=2)
-    with pytest.raises(DataError, match="gives no answer about one input"):
-        predict_texts(folder, ["w1"])
+
+
+def test_continues_a_text_with_the_likeliest_tokens(llama: Path, tmp_path: Path) -> None:
+    student = tutelage.prepare(
+        AutoModelForCausalLM.from_pretrained(llama), tutelage.Scheme.preset("ternary-a8")
+    )
+    tutelage.save(student, tmp_path / "out", processor=make_tokenizer())
+    student.eval()
+    tokenizer, ids = make_tokenizer(), make_tokenizer()("w1 w2")["input_ids"]
+    while len(ids) < 42 and ids[-1] != student.config.eos_token_id:
+        with torch.no_grad():
+            ids.append(int(student(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    (found, _) = predict_texts(tmp_path / "out", ["w1 w2", "w5"])
+    assert f"w1 w2{found.continuation}" == tokenizer.decode(ids, skip_special_tokens=True)
+    assert found.line("w1 w2").startswith("w1 w2 w")
+    with pytest.raises(DataError, match="takes no second text"):
+        predict_texts(tmp_path / "out", ["w1"], ["w2"])
+    with pytest.raises(DataError, match="has 72 tokens and the model takes 64"):
+        predict_texts(tmp_path / "out", ["w1 " * 70])
 
 
 def test_keeps_the_lowest_perplexity(make: Callable[..., Recipe], tmp_path: Path) -> None:

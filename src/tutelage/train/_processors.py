@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from torch import nn
@@ -122,17 +122,19 @@ def load_image_processor(name: str, config: Any, key: str = "model.name_or_path"
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Returns how many tokens the position embeddings of a model allow.
+    """Returns how many tokens a model takes.
 
     Args:
         model: A model of text.
 
     Returns:
-        The number, ``None`` if there are no such embeddings.
+        The length of its position embeddings, or what its configuration names as the largest;
+        ``None`` if there is neither.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
             # RoBERTa numbers its positions from padding_idx + 1.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - first
-    return None
+    named = getattr(cast("Any", model).config.get_text_config(), "max_position_embeddings", None)
+    return named if isinstance(named, int) and named > 0 else None

@@ -10,6 +10,7 @@ from ._dataset import batches as batches
 from ._dataset import for_model as for_model
 from ._dataset import predict_rows as predict_rows
 from ._prediction import Answer as Answer
+from ._prediction import Continuation as Continuation
 from ._prediction import Prediction as Prediction
 from ._prediction import WordLabels as WordLabels
 from ._task import AGREEMENT as AGREEMENT
@@ -28,6 +29,7 @@ __all__ = [
     "TASKS",
     "Answer",
     "CausalLM",
+    "Continuation",
     "EncodedDataset",
     "Head",
     "ImageTask",

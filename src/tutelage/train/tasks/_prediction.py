@@ -9,7 +9,7 @@ import torch
 
 from ._task import Array
 
-__all__ = ["Answer", "Prediction", "WordLabels", "likeliest"]
+__all__ = ["Answer", "Continuation", "Prediction", "WordLabels", "likeliest"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,25 @@ class Answer:
             given: The context.
         """
         return f"{self.answer}\t{self.score:.4f}"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a packed language model goes on.
+
+    Attributes:
+        continuation: The text it adds.
+    """
+
+    continuation: str
+
+    def line(self, given: str) -> str:
+        """Returns the input with what follows.
+
+        Args:
+            given: The input.
+        """
+        return given + self.continuation
 
 
 def likeliest(logits: Array, names: Sequence[str]) -> list[Prediction]:

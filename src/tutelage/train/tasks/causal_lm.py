@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 from ...errors import DataError, UnsupportedModelError
 from .._corpus import Corpus, read_corpora, read_corpus
+from .._processors import position_limit
 from .._sections import DataSection
 from ..metrics import compute_metrics
 from ._dataset import TaskDataset
+from ._prediction import Continuation
 from ._task import Array, Head, ignore, stacked
 from ._text import TokenInputs
 
 __all__ = ["BlockDataset", "CausalLM"]
+
+_CONTINUED = 40
+"""Tokens that ``predict`` adds to a text."""
 
 _LARGEST_LOGITS = 2**25
 """Numbers in the logits of a batch in evaluation."""
@@ -196,6 +201,41 @@ class CausalLM(TokenInputs):
         """Computes loss and perplexity."""
         sums = stacked(reduced).astype(np.float64)
         return compute_metrics(self.kind, sums[:, 0], sums[:, 1])
+
+    @classmethod
+    def predict(
+        cls,
+        model: nn.Module,
+        processor: Any,
+        inputs: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        max_length: int | None = None,
+        section: DataSection | None = None,
+    ) -> list[Continuation]:
+        """Continues every text by up to 40 tokens, the likeliest one each time."""
+        if pairs is not None:
+            raise DataError("a language model takes no second text; leave out --pair.")
+        return [_continued(model, processor, text) for text in inputs]
+
+
+def _continued(model: Any, tokenizer: Any, text: str) -> Continuation:
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    tokens, limit = inputs["input_ids"].shape[1], position_limit(model)
+    room = _CONTINUED if limit is None else min(_CONTINUED, limit - tokens)
+    if not tokens:
+        raise DataError("a text is empty; give a few words to go on from.")
+    if room < 1:
+        raise DataError(
+            f"a text has {tokens} tokens and the model takes {limit}, so that none can follow; "
+            "shorten it."
+        )
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    with torch.inference_mode():
+        made = model.generate(
+            **inputs, max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=pad
+        )[0]
+    before = tokenizer.decode(made[:tokens], skip_special_tokens=True)
+    return Continuation(tokenizer.decode(made, skip_special_tokens=True)[len(before) :])
 
 
 def _causal(model: nn.Module) -> bool:
