@@ -180,6 +180,45 @@ def test_the_best_span_of_all_windows_wins() -> None:
     assert (found.start, found.end) == (12, 17)
 
 
+def test_no_answer_where_the_least_first_token_beats_every_span() -> None:
+    data = encode("w0 w1 w2 w3 w4 w5 w6", "w40", "w1", max_answer=2)
+    logits = [np.zeros((10, 2)) for _ in range(2)]
+    logits[0][4] = 2.0
+    sure, may_be = QuestionTask("answer_f1", 1, 2), QuestionTask("answer_f1", 1, 2, True)
+    for first, expected in (((3.0, 2.5), ""), ((3.0, 1.5), "w1"), ((1.0, 9.0), "w1")):
+        for window, value in zip(logits, first, strict=True):
+            window[0] = value
+        found = may_be.answers(logits, data)[0]
+        assert found.answer == expected
+        assert found.score == (2 * min(first) if not expected else 4.0)
+        assert sure.answers(logits, data)[0].answer == "w1"
+
+
+def test_unanswerable_questions(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    rows = make_rows(12)
+    for row in rows[::2]:
+        row["answers"] = {"text": [], "answer_start": []}
+    both = [
+        f"data.{split}={write(tmp_path / f'{split}2.jsonl', rows)}" for split in ("train", "eval")
+    ]
+    with pytest.raises(DataError, match=r"row 1 of .* set data\.unanswerable=true"):
+        run_recipe(make(*both))
+    result = run_recipe(make("data.unanswerable=true", *both))
+    task = QuestionTask("answer_f1", STRIDE, 3, True)
+    given = read_questions(str(tmp_path / "train2.jsonl"), section(unanswerable=True))
+    data = task.encode(given, make_tokenizer(), LENGTH)
+    empty = [number for number, accepted in enumerate(given.labels or []) if not accepted]
+    assert empty == list(range(0, 12, 2))
+    for row, number in enumerate(data.question):
+        assert number not in empty or data[row]["labels"] == [0, 0]
+    folder = Path(result.folder)
+    found = [predict_texts(folder, [row["context"]], [row["question"]])[0].answer for row in rows]
+    texts = [row["answers"]["text"] or [""] for row in rows]
+    assert result.student.metrics["exact_match"] == exact_match(found, texts)
+    with pytest.raises(RecipeError, match="'unanswerable' does not fit the task 'classification'"):
+        make("data.task=classification", "data.unanswerable=true", "data.text_pair=null")
+
+
 def test_padding_is_no_class_of_the_comparison() -> None:
     data = encode("w0 w1 w2 w3 w4 w5", "w40", "w1")
     values = torch.randn(2, 12)
@@ -212,7 +251,7 @@ def test_reads_squad_and_lists_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"answers": {"text": [], "answer_start": []}}, "unanswerable", id="none"),
+        pytest.param({"answers": {"text": [], "answer_start": []}}, "unanswerable=true", id="none"),
         pytest.param({"answers": {"text": ["w9"], "answer_start": [1]}}, "does not stand", id="at"),
         pytest.param({"answers": {"text": ["w0"]}}, "not text with answer_start", id="no-start"),
         pytest.param({"answers": "w0"}, "not text with answer_start", id="text"),

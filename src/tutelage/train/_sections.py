@@ -107,6 +107,9 @@ class DataSection(Section):
         default=64, description="tokens that two windows of a long context share (questions)"
     )
     max_answer: Positive = Field(default=30, description="tokens of the longest answer")
+    unanswerable: Flag = Field(
+        default=False, description="whether a context may hold no answer (questions)"
+    )
     train_split: str = Field(default="train", description="split of a datasets name for training")
     eval_split_name: str = Field(
         default="validation", description="split of a datasets name for evaluation"
@@ -142,6 +145,11 @@ class DataSection(Section):
             fitting = ", ".join(name for name, m in METRICS.items() if self.task in m.kinds)
             raise ValueError(
                 f"'metric' {self.metric!r} does not fit the task {self.task!r}; use {fitting}"
+            )
+        if self.unanswerable and self.task != "question_answering":
+            raise ValueError(
+                f"'unanswerable' does not fit the task {self.task!r}; remove it, it is for "
+                "question_answering"
             )
         if self.label is None:
             if self.task.endswith("regression"):

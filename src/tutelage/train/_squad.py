@@ -23,8 +23,8 @@ class QuestionExamples:
     Attributes:
         contexts: The text that holds the answer.
         questions: The question.
-        labels: Every accepted answer as (text, first character in the context), at least one per
-            question; None for data without answers.
+        labels: Every accepted answer as (text, first character in the context), none for a question
+            that its context does not answer; None for data without answers.
         source: Where they come from, for messages.
     """
 
@@ -62,7 +62,7 @@ def read_questions(
 
     Raises:
         DataError: The source is missing, empty, unreadable or malformed, or a question has no
-            answer in its context.
+            answer in its context and the section does not say that this may be.
     """
     columns = _squad(source, section) or read_columns(source, section, split=split)
     contexts = _texts(columns, section.text, "text", source)
@@ -71,7 +71,7 @@ def read_questions(
         return QuestionExamples(contexts, questions, None, source)
     cells = column_of(columns, section.label, "label", source)
     labels = [
-        _answers(cell, context, row, source)
+        _answers(cell, context, row, source, section)
         for row, (cell, context) in enumerate(zip(cells, contexts, strict=True), start=1)
     ]
     return QuestionExamples(contexts, questions, labels, source)
@@ -117,7 +117,9 @@ def _texts(
     return list(cells)
 
 
-def _answers(cell: Any, context: str, row: int, source: str) -> list[tuple[str, int]]:
+def _answers(
+    cell: Any, context: str, row: int, source: str, section: DataSection
+) -> list[tuple[str, int]]:
     try:
         if isinstance(cell, dict):
             pairs = list(zip(cell["text"], cell["answer_start"], strict=True))
@@ -128,10 +130,10 @@ def _answers(cell: Any, context: str, row: int, source: str) -> list[tuple[str, 
             f"row {row} of {source!r} has answers that are not text with answer_start; write "
             '{"text": [...], "answer_start": [...]}.'
         ) from None
-    if not pairs:
+    if not pairs and not section.unanswerable:
         raise DataError(
-            f"row {row} of {source!r} has no answer; unanswerable questions are not supported, "
-            "remove the row."
+            f"row {row} of {source!r} has no answer; set data.unanswerable=true (as for SQuAD 2), "
+            "or remove the row."
         )
     for text, start in pairs:
         placed = isinstance(text, str) and isinstance(start, int) and start >= 0 and text.strip()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,15 +68,22 @@ class QuestionTask(TokenInputs):
     of start and end logits over all of its windows. Agreement and KL are over the start and the end
     of every window.
 
+    Where questions may be unanswerable (SQuAD 2), those without an answer are trained towards the
+    first token of every window. No answer is given where the least sum of the first token's start
+    and end logits, over all windows, exceeds the sum of the best span: the rule of the SQuAD 2
+    baselines with a threshold of 0.
+
     Attributes:
         metric: ``"answer_f1"`` or ``"exact_match"``.
         stride: Tokens that two windows share.
         max_answer: Tokens of the longest answer.
+        unanswerable: Whether a context may hold no answer.
     """
 
     metric: str
     stride: int
     max_answer: int
+    unanswerable: bool = False
 
     kind = "question_answering"
     label_names = ()
@@ -104,7 +113,7 @@ class QuestionTask(TokenInputs):
         if section.label is None and not cls.head.on(model_config):
             raise no_teacher()
         metric = section.metric or ("answer_f1" if section.label is not None else AGREEMENT)
-        return cls(metric, section.stride, section.max_answer)
+        return cls(metric, section.stride, section.max_answer, section.unanswerable)
 
     def encode(self, examples: QuestionExamples, processor: Any, max_length: int) -> WindowDataset:
         """Tokenizes questions and contexts into windows, without padding.
@@ -144,8 +153,8 @@ class QuestionTask(TokenInputs):
         labels = None
         if examples.labels is not None:
             labels = [
-                _answer_tokens(offsets[row], *examples.labels[number][0])
-                for row, number in enumerate(question)
+                _answer_tokens(offsets[row], *accepted[0]) if accepted else [0, 0]
+                for row, accepted in enumerate(examples.labels[number] for number in question)
             ]
         return WindowDataset(dict(encoded), labels, examples, question, offsets)
 
@@ -192,19 +201,21 @@ class QuestionTask(TokenInputs):
         """Computes exact match and F1 of the best span of every question."""
         assert data.examples.labels is not None
         answers = self.answers(reduced, data)
-        given = [[text for text, _ in accepted] for accepted in data.examples.labels]
+        given = [[text for text, _ in accepted] or [""] for accepted in data.examples.labels]
         return compute_metrics(self.kind, [answer.answer for answer in answers], given)
 
     def answers(self, reduced: Sequence[Array], data: WindowDataset) -> list[Answer]:
-        """Returns the best span of every question over its windows.
+        """Returns the best span of every question over its windows, or that there is none.
 
         Args:
             reduced: What ``reduce`` gave, one array per window.
             data: The windows.
         """
         best: list[Answer | None] = [None] * len(data.examples)
+        none = [math.inf] * len(data.examples)
         for row, logits in enumerate(reduced):
             number, offsets = data.question[row], data.offsets[row]
+            none[number] = min(none[number], float(logits[0].astype(np.float64).sum()))
             tokens = np.flatnonzero(offsets[:, 1] > offsets[:, 0])
             if not len(tokens):
                 continue
@@ -214,7 +225,12 @@ class QuestionTask(TokenInputs):
                 start, end = int(offsets[tokens[first], 0]), int(offsets[tokens[last], 1])
                 text = data.examples.contexts[number][start:end]
                 best[number] = Answer(text, start, end, score)
-        return [answer or Answer("", 0, 0, 0.0) for answer in best]
+        return [
+            Answer("", 0, 0, 0.0 if found is None else score)
+            if found is None or (self.unanswerable and score > found.score)
+            else found
+            for found, score in zip(best, none, strict=True)
+        ]
 
     def _best_span(self, logits: Float[Array, "tokens 2"]) -> tuple[int, int, float]:
         """Returns first and last token of the span with the largest sum of logits."""
@@ -240,11 +256,11 @@ class QuestionTask(TokenInputs):
             raise DataError("a question answering model needs a question; give it with --pair.")
         wanted = max_length or processor.model_max_length
         given = section or DataSection.model_validate({"task": cls.kind, "train": "-", "eval": "-"})
-        task = cls("answer_f1", given.stride, given.max_answer)
+        task = cls("answer_f1", given.stride, given.max_answer, given.unanswerable)
         given = given.model_copy(update={"max_length": wanted})
         limit = task.limit(given, [model], processor)
         if section is None:
-            task = cls("answer_f1", min(given.stride, limit // 4), given.max_answer)
+            task = dataclasses.replace(task, stride=min(given.stride, limit // 4))
         examples = QuestionExamples(list(inputs), list(pairs), None, "the texts")
         encoded = task.encode(examples, processor, limit)
 
