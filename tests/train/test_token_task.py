@@ -189,7 +189,7 @@ def test_other_labels_have_accuracy_only(make: Callable[..., Recipe], tmp_path: 
     recipe = make(*overrides, "data.eval_split=4", model=tmp_path / "bare")
     result = run_recipe(recipe)
     assert (result.metric, set(result.student.metrics)) == ("token_accuracy", {"token_accuracy"})
-    with pytest.raises(DataError, match="'entity_f1' needs BIO tags"):
+    with pytest.raises(DataError, match="'entity_f1' needs tags of entities"):
         run_recipe(
             make(
                 *overrides,
@@ -269,6 +269,21 @@ def test_entities_by_hand() -> None:
     assert entity_scores([["O"]], [["O"]]) == (0.0, 0.0, 0.0)
 
 
+@given(st.lists(st.tuples(st.sampled_from(["A", "B", ""]), st.integers(1, 3)), max_size=6))
+def test_every_notation_says_the_same(runs: list[tuple[str, int]]) -> None:
+    bio: list[str] = []
+    iobes: list[str] = []
+    for kind, length in runs:
+        marks = ["B", *"I" * (length - 1)]
+        ends = ["S"] if length == 1 else [*marks[:-1], "E"]
+        bio += [f"{mark}-{kind}" if kind else "O" for mark in marks]
+        iobes += [f"{mark}-{kind}" if kind else "O" for mark in ends]
+    bilou = [tag.replace("E-", "L-").replace("S-", "U-") for tag in iobes]
+    assert entities(iobes) == entities(bilou) == entities(bio)
+    # After its end an entity is over, whatever comes.
+    assert len(entities([*(iobes or ["S-A"]), "I-A"])) == len(entities(iobes or ["S-A"])) + 1
+
+
 @given(st.lists(st.sampled_from(TAGS), max_size=12))
 def test_entities_partition_the_tagged_words(tags: list[str]) -> None:
     covered = sorted(word for _, start, end in entities(tags) for word in range(start, end))
@@ -281,5 +296,8 @@ def test_what_bio_is() -> None:
     assert is_bio(["B-A"])
     assert not is_bio(["O"])
     assert not is_bio(["noun", "B-A"])
-    assert not is_bio(["S-A", "E-A", "O"])
+    assert is_bio(["S-A", "B-A", "E-A", "I-A", "O"])
+    assert is_bio(["U-A", "B-A", "L-A", "I-A", "O"])
+    assert not is_bio(["X-A", "O"])
+    assert not is_bio(["SA", "BA", "-A", "O"])
     assert METRICS["token_accuracy"].compute([["a", "b"], ["c"]], [["a", "x"], ["c"]]) == 2 / 3

@@ -66,7 +66,7 @@ class TokenTask(TokenInputs):
     """One class for every word.
 
     A word's label stands at its first token, all other tokens carry -100. Words after
-    ``data.max_length`` tokens are cut off and not measured. Where the labels are BIO tags the
+    ``data.max_length`` tokens are cut off and not measured. Where the labels are tags of entities the
     metrics are ``entity_f1`` with precision and recall, and ``token_accuracy``, the share of right
     words; else the latter alone.
 
@@ -257,7 +257,7 @@ def _metric(section: DataSection, names: tuple[str, ...]) -> str:
     metric = section.metric or ("entity_f1" if bio else "token_accuracy")
     if metric.startswith("entity") and not bio:
         raise DataError(
-            f"the metric {metric!r} needs BIO tags such as B-PER, I-PER and O, and the labels are "
-            f"{', '.join(names[:10])}; set data.metric=token_accuracy."
+            f"the metric {metric!r} needs tags of entities such as B-PER, I-PER and O, and the "
+            f"labels are {', '.join(names[:10])}; set data.metric=token_accuracy."
         )
     return metric
