@@ -66,9 +66,9 @@ class TokenTask(TokenInputs):
     """One class for every word.
 
     A word's label stands at its first token, all other tokens carry -100. Words after
-    ``data.max_length`` tokens are cut off and not measured. Where the labels are tags of entities the
-    metrics are ``entity_f1`` with precision and recall, and ``token_accuracy``, the share of right
-    words; else the latter alone.
+    ``data.max_length`` tokens are cut off and not measured. Where the labels are tags of entities
+    (BIO, IOBES, BILOU) the metrics are ``entity_f1`` with precision and recall, and
+    ``token_accuracy``, the share of right words; else the latter alone.
 
     Attributes:
         label_names: The names of the outputs, in their order.
