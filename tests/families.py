@@ -207,8 +207,24 @@ VARIANTS: dict[str, Family] = {
     "llama-tied": _variant("llama", tie_word_embeddings=True),
     "bart-scaled": _variant("bart", scale_embedding=True),
     "bart-untied": _variant("bart", tie_word_embeddings=False),
+    "deberta": _encoder(
+        "Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], interface=False
+    ),
+    "falcon": Family(
+        "FalconForCausalLM",
+        "FalconConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "pad_token_id": PAD,
+            **_ENDS,
+        },
+        interface=False,
+    ),
 }
-"""Other heads and other ties, for what depends on them."""
+"""Other heads, other ties and odd code, for what depends on them."""
 
 _ALL = FAMILIES | VARIANTS
 

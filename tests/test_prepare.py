@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 
 import tutelage
-from helpers import FAMILIES, VOCAB, hooks_of, inputs_of, make_batch, redraw, tiny, tiny_config
+from helpers import (
+    FAMILIES,
+    VOCAB,
+    hooks_of,
+    inputs_of,
+    logits_of,
+    make_batch,
+    redraw,
+    same_bits,
+    tiny,
+    tiny_config,
+)
 from tutelage import Scheme, prepare, summary
 from tutelage._prepare import prepared
 from tutelage.errors import SchemeError, SiteError, UnsupportedModelError
@@ -283,14 +295,48 @@ def test_accelerates_hooks_are_refused() -> None:
         prepare(model, TERNARY)
 
 
-def test_a_subclass_of_linear_is_refused() -> None:
-    class Special(nn.Linear):
-        pass
+class _Own(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
 
+
+class _Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 1.01 * super().forward(input)
+
+
+class _Two(nn.Linear):
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), input
+
+
+@pytest.mark.parametrize("cls", [_Scaled, _Two])
+def test_a_subclass_of_linear_that_does_more_is_refused(cls: Any) -> None:
     model = tiny("bert")
-    model.bert.encoder.layer[0].output.dense.__class__ = Special
-    with pytest.raises(UnsupportedModelError, match="is a Special, not a plain Linear"):
+    model.bert.encoder.layer[0].output.dense.__class__ = cls
+    with pytest.raises(UnsupportedModelError):
         prepare(model, TERNARY)
+
+
+def test_a_subclass_of_linear_with_more_parameters_is_refused() -> None:
+    model = tiny("bert")
+    dense = model.bert.encoder.layer[0].output.dense
+    dense.__class__ = _Own
+    dense.gain = nn.Parameter(torch.ones(1))
+    with pytest.raises(UnsupportedModelError, match="is a _Own, not a plain Linear"):
+        prepare(model, TERNARY)
+
+
+def test_a_subclass_of_linear_that_multiplies_is_quantized(tmp_path: Path) -> None:
+    model, plain = tiny("bert"), tiny("bert")
+    for layer in model.bert.encoder.layer:
+        layer.output.dense.__class__ = _Own
+    student, other = prepare(model, TERNARY).eval(), prepare(plain, TERNARY).eval()
+    found = logits_of(student, make_batch())
+    assert same_bits(found, logits_of(other, make_batch()))
+    tutelage.save(student, tmp_path / "out")
+    assert same_bits(logits_of(tutelage.load(tmp_path / "out"), make_batch()), found)
 
 
 def test_max_norm_is_refused() -> None:

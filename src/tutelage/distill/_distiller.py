@@ -101,6 +101,21 @@ class Distiller:
         self._read = ItemReader(teacher, self._sites)
         refuse_other_shape(self._sites.shape(), teacher.sites.shape())
 
+    def check(self, stage: str) -> None:
+        """Refuses a stage that the student cannot have, before any step is made.
+
+        Args:
+            stage: Name of the stage.
+
+        Raises:
+            SiteError: A signal that the stage or its loss terms need is out of reach.
+            RecipeError: The stage is unknown or would leave the attention without gradient.
+        """
+        active = intervention(stage)
+        sites = {site for w in self.losses.at(stage, self._sites) for site in w.term.requires}
+        replaced = self._replaced(active) or None
+        Tap(self.student, self._sites, sites, replace=replaced, with_=lambda own, _: own)
+
     def step(
         self,
         batch: Mapping[str, Any],

@@ -77,7 +77,11 @@ def _hollow(model: nn.Module, module: nn.Module, spec: ModuleSpec) -> None:
     quantizer = cast("Any", spec.weight).build()
     input = None if spec.input is None else spec.input.build()
     owner = None if spec.shared_with is None else model.get_submodule(spec.shared_with)
-    pack_module(module, spec.kind, quantizer, input, spec.arithmetic, owner)
+    made: Any = pack_module(module, spec.kind, quantizer, input, spec.arithmetic, owner)
+    if spec.kind != "embedding":
+        # transformers draws what no file holds, for which some models (Funnel) look at the shape of
+        # a Linear; an embedding may have a scale that is computed there.
+        made._is_hf_initialized = True
 
 
 def not_stored(model: Any, state: Mapping[str, Tensor]) -> set[str]:

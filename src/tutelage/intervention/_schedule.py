@@ -50,6 +50,13 @@ class Schedule:
             return random.Random(f"{self.seed}/{global_step}").choice(_ORDER)
         return next((stage for stage, end in self.parts if global_step < end), NO_INTERVENTION)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that may come, ``"none"`` left out."""
+        if not self.steps:
+            return ()
+        return _ORDER if self.kind == "stochastic" else tuple(stage for stage, _ in self.parts)
+
     @classmethod
     def gradual(cls, steps: int) -> Schedule:
         """TI-G: attention output for a sixth, context for a sixth, attention map for the rest.

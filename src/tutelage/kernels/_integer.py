@@ -77,7 +77,9 @@ def integer_linear(
     if active_path(x.device) == "int8" and x.shape[-1] >= _SHORTEST and x.numel() and len(weight):
         rows = x.reshape(-1, x.shape[-1]).to(torch.int8)
         product = torch._int_mm(rows, weight.to(torch.int8).t())
-        return product.float().reshape(*x.shape[:-1], weight.shape[0])
+        # Reshaped first: what an autograd function returns must be no view, lest it be refused
+        # where a model changes it in place.
+        return product.reshape(*x.shape[:-1], weight.shape[0]).float()
     return torch.nn.functional.linear(x, weight.to(x.dtype))
 
 

@@ -11,7 +11,7 @@ from ._conv2d import QuantConv2d, is_patch_embedding
 from ._embedding import QuantEmbedding
 from ._linear import Arithmetic, QuantLinear
 from ._packed import PackedConv2d, PackedEmbedding, PackedLinear
-from ._subclass import looks_up_rows
+from ._subclass import looks_up_rows, multiplies
 
 __all__ = ["ModuleKind", "kind_of", "pack_module", "quantize_module", "why_unsupported"]
 
@@ -60,6 +60,8 @@ def why_unsupported(module: nn.Module) -> str | None:
                 "is a Conv2d whose stride is not its kernel, or that has padding, dilation or "
                 "groups; only patch embeddings can be quantized"
             )
+    elif kind == "linear" and plain is not nn.Linear and multiplies(cast("nn.Linear", module)):
+        return None
     elif plain is not (nn.Linear if kind == "linear" else Conv1D):
         return f"is a {plain.__name__}, not a plain Linear, Conv1D, Conv2d or Embedding"
     return None

@@ -1,4 +1,4 @@
-"""Classes made at run time, for embeddings that have a forward of their own."""
+"""Subclasses of embeddings and Linears: which compute as their base, and what is made of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["looks_up_rows", "with_forward_of"]
+__all__ = ["looks_up_rows", "multiplies", "with_forward_of"]
 
 
 _MADE: dict[tuple[Any, Any], Any] = {}
@@ -68,3 +68,28 @@ def looks_up_rows(module: nn.Embedding) -> bool:
         module.__class__ = plain
         seen = module.__dict__.pop("_seen", False)
     return bool(seen)
+
+
+def multiplies(module: nn.Linear) -> bool:
+    """Whether a subclass of ``nn.Linear`` computes what ``nn.Linear`` does, as Falcon's own does.
+
+    It is tried with three inputs. One that holds further parameters, buffers or modules does not.
+
+    Args:
+        module: The module, of a subclass.
+    """
+    more = {name for name, _ in module.named_parameters()} - {"weight", "bias"}
+    more |= {name for name, _ in module.named_buffers()}
+    more |= {name for name, _ in module.named_children()}
+    if more or not module.weight.is_floating_point():
+        return False
+    count = 3 * module.in_features
+    probe = torch.arange(count, device=module.weight.device, dtype=torch.float32).sin()
+    probe = probe.reshape(3, -1).to(module.weight.dtype)
+    try:
+        with torch.no_grad():
+            found: Any = module.forward(probe)
+            expected = nn.functional.linear(probe, module.weight, module.bias)
+    except Exception:  # a forward that takes something else is one that cannot be kept
+        return False
+    return isinstance(found, torch.Tensor) and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,9 @@ TOKENS = 8
 DECODER_TOKENS = 6
 """Different, so that the length of an axis tells whose positions it counts."""
 
+_PIXELS = 64
+"""Height and width for models that take images of any size."""
+
 
 def _ids(vocabulary: int, length: int, device: torch.device) -> Tensor:
     return (torch.arange(1, length + 1, device=device) % vocabulary).unsqueeze(0)
@@ -49,10 +52,10 @@ def synthesize_inputs(model: nn.Module) -> dict[str, Tensor]:
         vocabulary = config.get_text_config().vocab_size
         made["input_ids"] = _ids(vocabulary, TOKENS, device)
         made["attention_mask"] = torch.ones(1, TOKENS, dtype=torch.long, device=device)
-    elif main == "pixel_values" and image is not None:
-        size = image.image_size
+    elif main == "pixel_values":
+        size = _PIXELS if image is None else image.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (1, getattr(image, "num_channels", 3), height, width)
+        shape = (1, getattr(image or config, "num_channels", 3), height, width)
         made["pixel_values"] = torch.zeros(shape, device=device, dtype=dtype)
     elif main == "input_features" and hasattr(config, "max_source_positions"):
         shape3 = (1, config.num_mel_bins, 2 * config.max_source_positions)

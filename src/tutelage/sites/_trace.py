@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SiteError, UnsupportedModelError, not_of_transformers
+from ..errors import SiteError, TutelageError, UnsupportedModelError, not_of_transformers
 from ..nn import kind_of, probe_of, use_attention
 from ._inputs import synthesize_inputs
 
@@ -131,7 +131,9 @@ def _is_attention(node: Any) -> bool:
     name = node.name()
     if "ScaledDotProduct" in name:
         return True
-    return name.startswith("SoftmaxBackward") and node._saved_result.dim() in (3, 4)
+    # torch's own attention is made of a "safe" softmax where no fused kernel fits.
+    softmax = name.startswith(("SoftmaxBackward", "SafeSoftmaxBackward"))
+    return softmax and node._saved_result.dim() in (3, 4)
 
 
 def _by_hand(node: Any) -> Attention:
@@ -190,10 +192,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _require_gradient(module: nn.Module, args: Any, out: Tensor) -> None:
+def _require_gradient(module: nn.Module, args: Any, out: Any) -> None:
     # Weights may be frozen; what comes from an embedding shall leave a track all the same.
-    if not out.requires_grad:
-        out.requires_grad_()
+    for tensor in out if isinstance(out, tuple) else (out,):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
+            tensor.requires_grad_()
 
 
 def _watch(module: nn.Module, name: str, into: Trace) -> Iterator[Any]:
@@ -201,8 +204,10 @@ def _watch(module: nn.Module, name: str, into: Trace) -> Iterator[Any]:
     kind = kind_of(module)
     if kind in ("linear", "conv1d"):
 
-        def on_linear(_: nn.Module, args: Any, out: Tensor) -> None:
-            into.linears.append(LinearCall(name, into.tick(), args[0], out))
+        def on_linear(_: nn.Module, args: Any, out: Any) -> None:
+            # A subclass may return more than its product, as routers of experts do.
+            if isinstance(out, Tensor):
+                into.linears.append(LinearCall(name, into.tick(), args[0], out))
 
         yield module.register_forward_hook(on_linear)
     if kind == "embedding":
@@ -276,9 +281,9 @@ def trace(model: nn.Module) -> Trace:
                 stack.callback(handle.remove)
         try:
             model(**inputs)
-        except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-            if isinstance(error, SiteError | UnsupportedModelError):
-                raise
+        except TutelageError:
+            raise
+        except Exception as error:  # whatever a model's code raises on inputs that do not suit it
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not run on a synthesized input "
                 f"({', '.join(inputs)}): {error}"

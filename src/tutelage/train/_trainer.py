@@ -139,6 +139,24 @@ class QATTrainer(TwoStepTrainer):
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Makes the learning-rate schedule and refuses stages that the student cannot have.
+
+        Args:
+            num_training_steps: Length of the run.
+            optimizer: As in ``Trainer``.
+
+        Raises:
+            RecipeError: As ``TwoStepTrainer.create_scheduler``, or a stage is unknown.
+            SiteError: A stage needs a signal that is out of reach.
+        """
+        made = super().create_scheduler(num_training_steps, optimizer)
+        for stage in self.active_schedule.stages:
+            self.distiller.check(stage)
+        return made
+
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
