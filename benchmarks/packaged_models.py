@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--package-folder", type=Path, default=sysconfig.get_path("purelib"))
     parser.add_argument("--tokenizer", help="a folder with the vocabulary, for minilm-l3")
-    parser.add_argument("--image-size", type=int, default=84, help="pixels, for focus-vit")
+    parser.add_argument("--image-size", type=int, default=56, help="pixels, for focus-vit")
     args = parser.parse_args()
     if args.name == "minilm-l3" and not args.tokenizer:
         raise SystemExit("minilm-l3 needs --tokenizer, such as the folder of all-MiniLM-L6-v2.")
