@@ -54,12 +54,22 @@ def _on_model(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> dict[str, Mo
                 continue
             raise ArtefactError(
                 f"the packed module {name!r} does not exist in {type(model).__name__}; the files "
-                "are of another architecture."
+                f"are of another architecture{_or_version(model)}."
             )
         if spec.shared_with is not None:
             spec = spec.model_copy(update={"shared_with": own(spec.shared_with)})
         found[own(name)] = spec
     return found
+
+
+def _or_version(model: nn.Module) -> str:
+    """Returns what else may be the cause where transformers itself renamed modules."""
+    from transformers import __version__
+
+    saved = getattr(model.config, "transformers_version", None)
+    if saved in (None, __version__):
+        return ""
+    return f", or this transformers, {__version__}, names modules otherwise than {saved} did"
 
 
 def _hollow(model: nn.Module, module: nn.Module, spec: ModuleSpec) -> None:
