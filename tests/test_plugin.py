@@ -62,7 +62,7 @@ def test_registers_at_once_where_transformers_is_loaded() -> None:
         AUTO_QUANTIZER_MAPPING,
     )
 
-    from tutelage.export._huggingface import PackedConfig, PackedQuantizer
+    from tutelage.artefacts._huggingface import PackedConfig, PackedQuantizer
 
     before = list(sys.meta_path)
     _plugin.install()
@@ -104,12 +104,12 @@ class TestFinder:
 
 class TestLazyNames:
     def test_save_load_and_trainer(self) -> None:
-        from tutelage.export import load, save
+        from tutelage.artefacts import load, save
 
         assert tutelage.save is save
         assert tutelage.load is load
 
-    @pytest.mark.parametrize("module", [tutelage, importlib.import_module("tutelage.export")])
+    @pytest.mark.parametrize("module", [tutelage, importlib.import_module("tutelage.artefacts")])
     def test_an_unknown_name_is_the_usual_error(self, module: object) -> None:
         with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
             module.nonsense  # type: ignore[attr-defined]  # noqa: B018

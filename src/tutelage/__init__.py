@@ -20,14 +20,21 @@ from .intervention import Schedule as Schedule
 from .scheme import Scheme as Scheme
 
 if TYPE_CHECKING:
-    from .export import load as load
-    from .export import save as save
+    from .artefacts import load as load
+    from .artefacts import save as save
+    from .exporters import export as export
     from .train import QATArguments as QATArguments
     from .train import QATTrainer as QATTrainer
 
 __version__ = "0.1.0"
 
-_LAZY = {"load": "export", "save": "export", "QATArguments": "train", "QATTrainer": "train"}
+_LAZY = {
+    "export": "exporters",
+    "load": "artefacts",
+    "save": "artefacts",
+    "QATArguments": "train",
+    "QATTrainer": "train",
+}
 
 _plugin.install()
 

@@ -16,8 +16,8 @@ _TARGET = "transformers.quantizers.auto"
 
 def _register() -> None:
     # Where that module is what imports transformers, it registers at its own end.
-    if f"{__package__}.export._huggingface" not in sys.modules:
-        from .export import _huggingface
+    if f"{__package__}.artefacts._huggingface" not in sys.modules:
+        from .artefacts import _huggingface
 
         _huggingface.register()
 

@@ -94,7 +94,7 @@ def prepare(
     with use_attention(model, keep=True):
         _convert(model, modules)
     model.__dict__[_STATE] = Prepared(scheme, modules, sites)
-    from .export import attach_quantizer
+    from .artefacts import attach_quantizer
 
     attach_quantizer(model, scheme, modules)
     return model

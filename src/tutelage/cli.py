@@ -180,6 +180,25 @@ def inspect(
 
 
 @app.command()
+def export(
+    folder: _Folder,
+    format: Annotated[str, typer.Option(help="openvino, onnx, compressed-tensors or gguf.")],
+    output: Annotated[Path, typer.Option(help="File or folder to write.")],
+    overwrite: _Overwrite = False,
+) -> None:
+    """Write a saved student in the format of another engine."""
+    _quiet()
+    from .artefacts import load, processor_of
+    from .exporters import export as write
+
+    student = load(folder)
+    written = write(
+        student, output, format=format, processor=processor_of(student), overwrite=overwrite
+    )
+    _console().print(f"the student is in {written}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the student.")] = None,

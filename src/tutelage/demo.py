@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from ._console import reporter
+from .artefacts import refuse_existing, write_text
 from .errors import ArtefactError, DataError
-from .export import refuse_existing, write_text
 from .train.recipe import Recipe, recipe_from_dict
 
 __all__ = ["ARTICLES_FILE", "DEFAULT_STEPS", "demo_recipe", "read_articles", "run_demo"]

@@ -9,6 +9,7 @@ __all__ = [
     "ArtefactError",
     "CheckpointError",
     "DataError",
+    "ExportError",
     "IncompatibleTeacherError",
     "NonFiniteLossError",
     "OutputExistsError",
@@ -56,6 +57,10 @@ class OutputExistsError(TutelageError, FileExistsError):
 
 class ArtefactError(TutelageError, OSError):
     """A saved model is corrupt, truncated, edited, of another version, or could not be written."""
+
+
+class ExportError(TutelageError, ValueError):
+    """A student cannot be expressed in a format, or the format's library is missing."""
 
 
 class CheckpointError(TutelageError, RuntimeError):

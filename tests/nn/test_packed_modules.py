@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tutelage
 from helpers import PRESETS, same_bits
-from tutelage.export import pack_state_dict
+from tutelage.artefacts import pack_state_dict
 from tutelage.kernels import _integer
 from tutelage.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from tutelage.scheme import ActivationSpec, ModuleSpec, WeightSpec

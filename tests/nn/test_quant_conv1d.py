@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tutelage
 from helpers import PRESETS, same_bits
-from tutelage.export import pack_state_dict
+from tutelage.artefacts import pack_state_dict
 from tutelage.kernels import _integer
 from tutelage.nn import PackedLinear, QuantConv1D, QuantLinear, kind_of
 from tutelage.scheme import ModuleSpec, WeightSpec

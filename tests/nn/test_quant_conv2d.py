@@ -11,7 +11,7 @@ from torch import nn
 
 import tutelage
 from helpers import PRESETS, same_bits
-from tutelage.export import pack_state_dict
+from tutelage.artefacts import pack_state_dict
 from tutelage.nn import PackedConv2d, QuantConv2d, is_patch_embedding
 from tutelage.quantizers import Quantized
 from tutelage.scheme import ModuleSpec, WeightSpec

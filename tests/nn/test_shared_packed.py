@@ -13,8 +13,8 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from helpers import same_bits
+from tutelage.artefacts import pack_state_dict
 from tutelage.errors import ArtefactError
-from tutelage.export import pack_state_dict
 from tutelage.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from tutelage.nn._subclass import looks_up_rows
 from tutelage.scheme import ActivationSpec, ModuleSpec, WeightSpec

@@ -378,7 +378,7 @@ def test_a_failed_write_is_one_line_and_leaves_nothing_half_written(
         if where == "checkpoint":
             patch.setattr("tutelage.train._checkpoint.save_file", full)
         else:
-            patch.setattr("tutelage.export._artefact.model_card", full)
+            patch.setattr("tutelage.artefacts._artefact.model_card", full)
         with pytest.raises(ArtefactError, match="No space left on device"):
             run_recipe(recipe)
     out = tmp_path / "out"

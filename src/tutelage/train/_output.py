@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..artefacts import refuse_existing, write_failures_as_os_error
 from ..errors import ArtefactError, OutputExistsError, RecipeError, TutelageError
-from ..export import refuse_existing, write_failures_as_os_error
 from ._result import RESULT_FILE
 from .recipe import Recipe, load_recipe
 

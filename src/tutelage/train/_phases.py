@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from .._prepare import prepare
-from ..export import staged_directory, write_failures_as_os_error
+from ..artefacts import staged_directory, write_failures_as_os_error
 from ._arguments import QATArguments
 from ._checkpoint import latest_checkpoint
 from ._models import load_config, load_model

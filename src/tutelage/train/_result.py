@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
+from ..artefacts import write_text
 from ..errors import ArtefactError
-from ..export import write_text
 
 __all__ = [
     "RESULT_FILE",

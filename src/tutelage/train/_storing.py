@@ -12,8 +12,8 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..artefacts import write_artefact
 from ..errors import NonFiniteLossError
-from ..export import write_artefact
 from . import _checkpoint, _sharded
 
 __all__ = ["StoringTrainer"]

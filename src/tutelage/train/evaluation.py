@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artefacts import load, weight_bytes
 from ..errors import ArtefactError, DataError, RecipeError
-from ..export import load, weight_bytes
 from ._inference import measure
 from ._models import encode_for
 from ._output import RECIPE_FILE

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..artefacts import write_text
 from ..errors import ArtefactError, RecipeError, nearest
-from ..export import write_text
 from ._sections import (
     SECTIONS,
     AugmentSection,

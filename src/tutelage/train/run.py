@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from .._prepare import prepared
-from ..export import load, save, weight_bytes, write_text
-from ..export._card import model_card
+from ..artefacts import load, save, weight_bytes, write_text
+from ..artefacts._card import model_card
 from ._inference import Measured, measure
 from ._output import RECIPE_FILE, clear, portable, refuse_output, sweep, writing
 from ._phases import ProgressFactory, obtain_teacher, train_student

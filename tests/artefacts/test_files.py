@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 
 import tutelage
-import tutelage.export._artefact as artefact
+import tutelage.artefacts._artefact as artefact
 from helpers import logits_of, make_batch, make_student, make_tokenizer
-from tutelage.errors import ArtefactError, OutputExistsError
-from tutelage.export import (
+from tutelage.artefacts import (
     refuse_existing,
     staged_directory,
     write_artefact,
     write_failures_as_os_error,
     write_text,
 )
-from tutelage.export._files import staged_files
+from tutelage.artefacts._files import staged_files
+from tutelage.errors import ArtefactError, OutputExistsError
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -95,7 +95,7 @@ class TestOverwrite:
 
 FAILING = {
     "weights": ("transformers.modeling_utils", "safe_save_file"),
-    "card": ("tutelage.export._artefact", "write_text"),
+    "card": ("tutelage.artefacts._artefact", "write_text"),
     "rename": ("os", "rename"),
     "folder": ("pathlib.Path", "mkdir"),
 }

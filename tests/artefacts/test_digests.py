@@ -18,8 +18,8 @@ from transformers import AutoModelForSequenceClassification
 
 import tutelage
 from helpers import make_student, same_bits
+from tutelage.artefacts._pack import METADATA_KEY, config_digest, digest
 from tutelage.errors import ArtefactError, TutelageError
-from tutelage.export._pack import METADATA_KEY, config_digest, digest
 
 WORD = "bert.embeddings.word_embeddings"
 

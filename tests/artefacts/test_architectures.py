@@ -19,8 +19,8 @@ import tutelage
 from families import make_any_student, make_inputs, make_model, output_of, weight_map
 from helpers import same_bits
 from tutelage import Scheme
+from tutelage.artefacts import pack_state_dict
 from tutelage.errors import ArtefactError
-from tutelage.export import pack_state_dict
 from tutelage.nn import PackedConv2d, PackedEmbedding, PackedLinear
 from tutelage.scheme import ActivationSpec, Rule, WeightSpec
 

@@ -29,9 +29,9 @@ from helpers import (
     same_bits,
     tiny,
 )
+from tutelage.artefacts import pack_state_dict, weight_bytes, write_artefact
+from tutelage.artefacts._huggingface import FORMAT_VERSION
 from tutelage.errors import ArtefactError, UnsupportedModelError
-from tutelage.export import pack_state_dict, weight_bytes, write_artefact
-from tutelage.export._huggingface import FORMAT_VERSION
 from tutelage.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)

@@ -5,8 +5,8 @@ import transformers
 
 from helpers import make_student, tiny
 from tutelage._prepare import prepared
+from tutelage.artefacts._hollow import make_hollow
 from tutelage.errors import ArtefactError
-from tutelage.export._hollow import make_hollow
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from ._pack import pack_state_dict as pack_state_dict
 
 if TYPE_CHECKING:
     from ._artefact import load as load
+    from ._artefact import processor_of as processor_of
     from ._artefact import save as save
     from ._artefact import weight_bytes as weight_bytes
     from ._artefact import write_artefact as write_artefact
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "attach_quantizer": "_huggingface",
     "load": "_artefact",
+    "processor_of": "_artefact",
     "save": "_artefact",
     "weight_bytes": "_artefact",
     "write_artefact": "_artefact",

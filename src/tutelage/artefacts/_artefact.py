@@ -17,7 +17,7 @@ from ._card import model_card
 from ._files import staged_directory, staged_files, write_failures_as_os_error, write_text
 from ._huggingface import QUANT_METHOD, READABLE_VERSIONS, of_unknown_version, verify_files
 
-__all__ = ["load", "save", "weight_bytes", "write_artefact"]
+__all__ = ["load", "processor_of", "save", "weight_bytes", "write_artefact"]
 
 
 def save(
@@ -102,7 +102,7 @@ def _write(student: nn.Module, stage: Path, processor: Any, metrics: Mapping[str
     model = cast("Any", student)
     with write_failures_as_os_error():
         model.save_pretrained(stage)
-    processor = processor if processor is not None else _processor_of(model)
+    processor = processor if processor is not None else processor_of(model)
     if processor is not None:
         processor.save_pretrained(stage)
     else:
@@ -110,7 +110,15 @@ def _write(student: nn.Module, stage: Path, processor: Any, metrics: Mapping[str
     write_text(stage / "README.md", model_card(student, _require_prepared(student), metrics))
 
 
-def _processor_of(model: Any) -> Any:
+def processor_of(model: Any) -> Any:
+    """Returns the tokenizer beside the weights a model was loaded from, ``None`` without one.
+
+    Args:
+        model: A transformers model.
+
+    Raises:
+        ArtefactError: There is one that cannot be read.
+    """
     source = Path(str(getattr(model, "name_or_path", "") or ""))
     if not (source / "tokenizer_config.json").is_file():
         return None
