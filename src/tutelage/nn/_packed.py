@@ -10,8 +10,15 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from ..errors import ArtefactError
-from ..kernels import resident_codes
-from ..quantizers import BaseQuantizer, Grid, Quantized, packed_width, unpack
+from ..kernels import active, fits, packed_linear, resident_codes, to_panels
+from ..quantizers import (
+    BaseQuantizer,
+    Grid,
+    Quantized,
+    UniformQuantizer,
+    packed_width,
+    unpack,
+)
 from ._conv2d import over_patches
 from ._linear import Arithmetic, quantized_linear
 from ._precision import in_float32
@@ -108,6 +115,7 @@ class PackedLinear(PackedWeight):
     input_quantizer: BaseQuantizer | None
     arithmetic: Arithmetic
     _codes: Tensor | None
+    _panels: Tensor | None
 
     @classmethod
     def from_linear(
@@ -168,7 +176,7 @@ class PackedLinear(PackedWeight):
     ) -> Self:
         module.__class__ = cls
         packed = cast("Self", module)
-        packed._codes = None
+        packed._codes = packed._panels = None
         packed.input_quantizer, packed.arithmetic = input, arithmetic
         return packed._hold(quantizer, shape, owner)
 
@@ -182,6 +190,33 @@ class PackedLinear(PackedWeight):
             self._codes = resident_codes(unpack(rows, self.width, self.grid))
         return self._codes
 
+    def panels(self) -> Tensor:
+        """Returns the codes as compiled kernels read them, uint8; made once and kept."""
+        rows, _ = self.packed()
+        if self._panels is None:
+            codes = unpack(rows, self.width, self.grid)
+            index = ((codes - self.grid.lo) // self.grid.step).to(torch.uint8)
+            self._panels = to_panels(index, self.grid.bits)
+        return self._panels
+
+    @property
+    def levels(self) -> int | None:
+        """Codes of the input on each side of zero, where compiled kernels can compute the layer.
+
+        ``None`` for weight-only quantization, products in ``"float"`` arithmetic and inputs that
+        are not scaled per token.
+        """
+        quantizer = self.input_quantizer
+        if self.arithmetic != "integer" or not isinstance(quantizer, UniformQuantizer):
+            return None
+        if quantizer.granularity != "row" or quantizer.clip is not None or quantizer.reciprocal:
+            return None
+        return quantizer.grid.hi if fits(self.width) else None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._codes = self._panels = None
+
     @in_float32
     def forward(
         self, input: Float[Tensor, "*batch in_features"]
@@ -192,6 +227,18 @@ class PackedLinear(PackedWeight):
             input: Shape (*batch, in_features).
         """
         _, scale = self.packed()
+        levels = self.levels
+        if levels is not None and input.device.type == "cpu" and active():
+            return packed_linear(
+                input.float(),
+                self.panels(),
+                scale,
+                self.bias,
+                self.rows,
+                self.width,
+                self.grid,
+                levels,
+            )
         if self.input_quantizer is None:
             values = self.codes().float() * scale
             return nn.functional.linear(input.to(values.dtype), values, self.bias)
