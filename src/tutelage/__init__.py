@@ -17,6 +17,7 @@ from .distill import TrainStep as TrainStep
 from .distill import losses as losses
 from .errors import TutelageError as TutelageError
 from .intervention import Schedule as Schedule
+from .nn import fuse as fuse
 from .scheme import Scheme as Scheme
 
 if TYPE_CHECKING:

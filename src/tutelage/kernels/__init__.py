@@ -4,8 +4,10 @@ from ._integer import active_path as active_path
 from ._integer import integer_linear as integer_linear
 from ._integer import integer_matmul as integer_matmul
 from ._integer import resident_codes as resident_codes
+from ._native import ACTIVATIONS as ACTIVATIONS
 from ._native import Native as Native
 from ._native import active as active
+from ._native import encoder_block as encoder_block
 from ._native import fits as fits
 from ._native import native as native
 from ._native import packed_linear as packed_linear

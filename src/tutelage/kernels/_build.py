@@ -22,9 +22,9 @@ SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w")
 _AVX512 = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 _X86 = {
-    "avx2": ("TUTELAGE_AVX2", ("-mavx2", "-mfma")),
-    "vnni": ("TUTELAGE_VNNI", _AVX512),
-    "amx": ("TUTELAGE_AMX", (*_AVX512, "-mamx-tile", "-mamx-int8")),
+    "TUTELAGE_AVX2": (("avx2",), ("-mavx2", "-mfma")),
+    "TUTELAGE_VNNI": (("vnni", "block512"), _AVX512),
+    "TUTELAGE_AMX": (("amx",), (*_AVX512, "-mamx-tile", "-mamx-int8")),
 }
 """Files that need instructions of their own; what the compiler does not know is left out."""
 _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -97,20 +97,23 @@ def _compile(compiler: list[str], work: Path) -> Path:
     _run([*compiler, *_FLAGS, "-c", SOURCES / "scalar.cpp", "-o", work / "scalar.o"])
     objects.append(work / "scalar.o")
     if platform.machine().lower() in ("x86_64", "amd64"):
-        for name, (define, flags) in _X86.items():
-            made = work / f"{name}.o"
+        for define, (names, flags) in _X86.items():
+            made = [work / f"{name}.o" for name in names]
             try:
-                _run([*compiler, *_FLAGS, *flags, "-c", SOURCES / f"{name}.cpp", "-o", made])
+                for name, file in zip(names, made, strict=True):
+                    _run([*compiler, *_FLAGS, *flags, "-c", SOURCES / f"{name}.cpp", "-o", file])
             except BuildError:
                 break  # a compiler that does not know these knows none of the later ones
-            objects.append(made)
+            objects += made
             defines.append(f"-D{define}")
     include = [f"-I{path}" for path in include_paths()]
-    made = work / "ops.o"
-    _run([*compiler, *_FLAGS, *defines, *include, "-c", SOURCES / "ops.cpp", "-o", made])
+    for name in ("ops", "encoder"):
+        file = work / f"{name}.o"
+        _run([*compiler, *_FLAGS, *defines, *include, "-c", SOURCES / f"{name}.cpp", "-o", file])
+        objects.append(file)
     link = [f"-L{path}" for path in library_paths()]
     built = work / "kernels.so"
-    _run([*compiler, "-shared", *objects, made, *link, "-ltorch_cpu", "-lc10", "-o", built])
+    _run([*compiler, "-shared", *objects, *link, "-ltorch_cpu", "-lc10", "-o", built])
     return built
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "ACTIVATIONS",
     "Native",
     "active",
+    "encoder_block",
     "fits",
     "native",
     "packed_linear",
@@ -42,11 +43,13 @@ class Native:
         isas: Instruction sets that this processor runs, best first; empty where they do not serve.
         index: Which of them is used.
         reason: Why, as the end of a sentence.
+        has_block: Whether an encoder block goes with the instruction set in use.
     """
 
     isas: tuple[str, ...]
     index: int
     reason: str
+    has_block: bool = False
 
     @property
     def active(self) -> bool:
@@ -73,18 +76,22 @@ def native() -> Native:
     except (BuildError, OSError) as error:
         return Native((), 0, str(error))
     _register_fake()
-    name_of = ctypes.CDLL(str(path)).tutelage_isa
+    loaded = ctypes.CDLL(str(path))
+    name_of, has_block = loaded.tutelage_isa, loaded.tutelage_has_block
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.c_int64]
+    has_block.restype, has_block.argtypes = ctypes.c_int, [ctypes.c_int64]
     isas: list[str] = []
     while (name := name_of(len(isas))) is not None:
         isas.append(name.decode())
-    wanted = os.environ.get("TUTELAGE_ISA")
-    if wanted is None:
-        return Native(tuple(isas), 0, f"this processor runs {', '.join(isas)}")
+    wanted = os.environ.get("TUTELAGE_ISA", isas[0])
     if wanted not in isas:
         known = ", ".join(isas)
         return Native((), 0, f"TUTELAGE_ISA is {wanted!r}, this processor runs {known}")
-    return Native(tuple(isas), isas.index(wanted), f"TUTELAGE_ISA={wanted}")
+    index = isas.index(wanted)
+    reason = f"this processor runs {', '.join(isas)}"
+    if "TUTELAGE_ISA" in os.environ:
+        reason = f"TUTELAGE_ISA={wanted}"
+    return Native(tuple(isas), index, reason, bool(has_block(index)))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -103,7 +110,11 @@ def _register_fake() -> None:
     ) -> Tensor:
         return x.new_empty((*x.shape[:-1], rows))
 
+    def fake_block(x: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(x)
+
     torch.library.register_fake("tutelage::packed_linear", fake)
+    torch.library.register_fake("tutelage::encoder_block", fake_block)
 
 
 def panel_bytes(rows: int, width: int, bits: int) -> int:
@@ -185,6 +196,34 @@ def packed_linear(
         levels,
         ACTIVATIONS[activation],
         _index() if isa is None else isa,
+    )
+
+
+def encoder_block(
+    x: Float[Tensor, "batch tokens hidden"],
+    mask: Float[Tensor, "_ 1 queries tokens"] | None,
+    tensors: list[Tensor],
+    shapes: list[int],
+    settings: list[int],
+    numbers: list[float],
+) -> Float[Tensor, "batch tokens hidden"]:
+    """Computes a Transformer encoder block whose six Linears and attention are quantized.
+
+    Linears: query, key, value, output, up, down.
+
+    Args:
+        x: Float32 on the CPU.
+        mask: Added to the scores, for each query or for all of them; or ``None``.
+        tensors: For each Linear its panels, scale and bias (empty for none), then weight and bias
+            of the first and of the second layer norm.
+        shapes: For each Linear rows, width, bits, and step and lowest code of its grid.
+        settings: Heads, width of a head, 1 for norms before attention and feed-forward network
+            (0 for after the residual sums), activation, levels of the inputs of Linears, of Q, K,
+            V and the attention map, index of the instruction set.
+        numbers: Factor of the scores, epsilon of the first and of the second norm.
+    """
+    return torch.ops.tutelage.encoder_block(
+        x.detach().contiguous(), mask, tensors, shapes, settings, numbers
     )
 
 

@@ -14,6 +14,8 @@ from ._attention_quantizer import AttentionQuantizer as AttentionQuantizer
 from ._conv2d import QuantConv2d as QuantConv2d
 from ._conv2d import is_patch_embedding as is_patch_embedding
 from ._embedding import QuantEmbedding as QuantEmbedding
+from ._fused import fuse as fuse
+from ._fused import fused_blocks as fused_blocks
 from ._kinds import ModuleKind as ModuleKind
 from ._kinds import kind_of as kind_of
 from ._kinds import pack_module as pack_module

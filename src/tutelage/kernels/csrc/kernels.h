@@ -59,6 +59,38 @@ struct Isa {
                int64_t tile, int64_t tile_end);
 };
 
+// Codes that the operands of attention reach: signed of Q, K, V, unsigned of the map.
+struct Levels {
+  float query, key, value, map;
+};
+
+// One head of one sequence: width features of each token, a row of the mask for each query or for
+// all of them (stride 0).
+struct Head {
+  const float* query;
+  const float* key;
+  const float* value;
+  int64_t stride;  // between tokens, of the three and of the context
+  float* context;
+  int64_t tokens;
+  int64_t width;
+  const float* mask;  // added to the scores, or nullptr
+  int64_t mask_stride;
+  float scaling;
+};
+
+// What a Transformer block needs beside Linears.
+struct Block {
+  size_t (*head_bytes)(int64_t tokens, int64_t width);
+  // Q, K and V quantized per token, softmax in float32, the map times V's scales per query.
+  void (*attend)(const Head&, const Levels&, void* scratch);
+  // out = norm(x + residual) of one row; either residual or out of the sum may be nullptr.
+  void (*norm)(const float* x, const float* residual, const float* weight, const float* bias,
+               float epsilon, int64_t width, float* sum, float* out);
+};
+
+const Block* block512();  // nullptr where it was not compiled
+
 const Isa* scalar_isa();
 const Isa* avx2_isa();    // nullptr where it was not compiled
 const Isa* vnni_isa();

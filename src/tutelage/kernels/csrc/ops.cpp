@@ -4,13 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "runtime.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -22,10 +19,6 @@ namespace tutelage {
 namespace {
 
 using torch::stable::Tensor;
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 #if defined(TUTELAGE_AMX)
 bool amx_allowed() {
@@ -59,28 +52,24 @@ const std::vector<const Isa*>& available() {
   return found;
 }
 
+}  // namespace
+
 const Isa* chosen(int64_t isa) {
   require(isa >= 0 && isa < static_cast<int64_t>(available().size()), "no such instruction set");
   return available()[isa];
 }
 
-struct Scratch {
-  void* bytes = nullptr;
-  size_t size = 0;
-  void* get(size_t wanted) {
-    if (wanted > size) {
-      std::free(bytes);
-      size = (wanted + 4095) / 4096 * 4096;
-      bytes = std::aligned_alloc(64, size);
-      if (bytes == nullptr) {
-        size = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return bytes;
-  }
-  ~Scratch() { std::free(bytes); }
-};
+const Block* block_of([[maybe_unused]] const Isa* isa) {
+#if defined(TUTELAGE_VNNI)
+  if (isa == vnni_isa()) return block512();
+#endif
+#if defined(TUTELAGE_AMX)
+  if (isa == amx_isa()) return block512();
+#endif
+  return nullptr;
+}
+
+namespace {
 
 // Below this many multiplications a second thread costs more than it brings.
 constexpr int64_t kWorthAThread = 1 << 21;
@@ -116,13 +105,6 @@ void run(const Isa* isa, const Weight& w, const float* x, int64_t rows, int64_t 
       begin += last - t;
     }
   });
-}
-
-int64_t padded(int64_t width) { return (width + kTile - 1) / kTile * kTile; }
-
-int64_t panel_bytes(int64_t rows, int64_t width, int64_t bits) {
-  const int64_t outputs = bits == 2 ? kTile : 2 * kTile;
-  return (rows + outputs - 1) / outputs * padded(width) * 16;
 }
 
 Tensor packed_linear(Tensor x, Tensor panels, Tensor scale, std::optional<Tensor> bias,
@@ -172,6 +154,12 @@ Tensor packed_linear(Tensor x, Tensor panels, Tensor scale, std::optional<Tensor
 extern "C" __attribute__((visibility("default"))) const char* tutelage_isa(int64_t index) {
   const auto& found = tutelage::available();
   return index >= 0 && index < static_cast<int64_t>(found.size()) ? found[index]->name : nullptr;
+}
+
+extern "C" __attribute__((visibility("default"))) int tutelage_has_block(int64_t index) {
+  const auto& found = tutelage::available();
+  return index >= 0 && index < static_cast<int64_t>(found.size()) &&
+         tutelage::block_of(found[index]) != nullptr;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tutelage, m) {

@@ -9,10 +9,9 @@
 namespace tutelage {
 namespace {
 
-// erf, to 1 unit in the last place of 1: x P(x^2) below 1, 1 - exp(-x^2) Q(1 / (1 + x / 2)) above.
 inline __m512 exp512(__m512 x) {
   // exp(x) = 2^n exp(r), |r| <= log(2) / 2, x >= -87.
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.33654f));
+  x = _mm512_max_ps(_mm512_set1_ps(-87.33654f), x);  // NaN stays: the second operand is returned
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -60,7 +59,7 @@ inline __m512 activate512(__m512 y, Activation activation) {
   const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(y, y), y);
   __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), y);
   u = _mm512_mul_ps(u, _mm512_set1_ps(2.0f * 0.79788456080286535588f));
-  u = _mm512_min_ps(u, _mm512_set1_ps(40.0f));
+  u = _mm512_min_ps(_mm512_set1_ps(40.0f), u);
   const __m512 e = exp512(u);
   const __m512 tanh = _mm512_sub_ps(
       one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(one, e)));
