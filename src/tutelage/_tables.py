@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ._doctor import Finding
     from .train.evaluation import Evaluation
     from .train.run import RunResult
 
-__all__ = ["evaluation_table", "result_table"]
+__all__ = ["evaluation_table", "findings_table", "result_table"]
 
 
 def result_table(result: RunResult) -> Table:
@@ -57,6 +58,20 @@ def evaluation_table(found: Evaluation) -> Table:
         table.add_row(name.replace("_", " "), _shown(name, found.metrics[name]))
     table.add_row("bytes on disk", f"{found.bytes:,}")
     table.caption = f"of {found.source}"
+    return table
+
+
+def findings_table(found: list[Finding]) -> Table:
+    """Returns the table of what is active.
+
+    Args:
+        found: One finding a row.
+    """
+    table = Table(title="tutelage doctor")
+    for name in ("", "found", "why"):
+        table.add_column(name, overflow="fold")
+    for finding in found:
+        table.add_row(finding.subject, finding.state, finding.reason)
     return table
 
 

@@ -199,6 +199,20 @@ def export(
 
 
 @app.command()
+def doctor(as_json: _Json = False) -> None:
+    """Show versions, which kernels are active and why, and what is not installed."""
+    from ._doctor import examine
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps([finding.to_dict() for finding in found]))
+        return
+    from ._tables import findings_table
+
+    _console().print(findings_table(found))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the student.")] = None,

@@ -1,5 +1,6 @@
 """Products of integer-valued matrices, exact whatever computes them."""
 
+from ._build import cache_folder as cache_folder
 from ._integer import active_path as active_path
 from ._integer import integer_linear as integer_linear
 from ._integer import integer_matmul as integer_matmul
