@@ -232,6 +232,7 @@ Tensor encoder_block(Tensor x, std::optional<Tensor> mask, std::vector<Tensor> t
       const int64_t offset = first * p.tokens * p.hidden;
       run(p, from + offset, to + offset, first, count, memory, threads > 1 && !share_chunks);
     }
+    scratch.trim();
   };
   each(share_chunks, chunks, 1, body);
   return out;

@@ -75,8 +75,7 @@ namespace {
 constexpr int64_t kWorthAThread = 1 << 21;
 
 void run(const Isa* isa, const Weight& w, const float* x, int64_t rows, int64_t width, float top,
-         const Output& out) {
-  static thread_local Scratch scratch;
+         const Output& out, Scratch& scratch) {
   const size_t codes_bytes = (static_cast<size_t>(rows) * w.depth + 63) / 64 * 64;
   auto* codes = static_cast<int8_t*>(scratch.get(codes_bytes + rows * 8));
   auto* scale = reinterpret_cast<float*>(codes + codes_bytes);
@@ -142,9 +141,12 @@ Tensor packed_linear(Tensor x, Tensor panels, Tensor scale, std::optional<Tensor
                  static_cast<const float*>(scale.const_data_ptr()),
                  scale.numel() == rows && rows > 1,
                  bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr};
+  static thread_local Scratch scratch;
   run(chosen(isa), w, static_cast<const float*>(x.const_data_ptr()), count, width,
       static_cast<float>(levels),
-      {static_cast<float*>(out.mutable_data_ptr()), rows, static_cast<Activation>(activation)});
+      {static_cast<float*>(out.mutable_data_ptr()), rows, static_cast<Activation>(activation)},
+      scratch);
+  scratch.trim();
   return out;
 }
 

@@ -27,9 +27,17 @@ class Scratch {
     }
     return bytes_;
   }
+  // Gives back what one large call took; what usual calls take is kept.
+  void trim() {
+    if (size_ <= kKept) return;
+    std::free(bytes_);
+    bytes_ = nullptr;
+    size_ = 0;
+  }
   ~Scratch() { std::free(bytes_); }
 
  private:
+  static constexpr size_t kKept = size_t{32} << 20;
   void* bytes_ = nullptr;
   size_t size_ = 0;
 };
