@@ -75,7 +75,9 @@ def write(
         groups = _groups(packed, plain.base_model_prefix, activations == "quantized")
         plain.config.quantization_config = {
             "quant_method": "compressed-tensors",
-            "format": "mixed-precision" if len({g["format"] for g in groups.values()}) > 1 else _PACKED,
+            "format": "mixed-precision"
+            if len({g["format"] for g in groups.values()}) > 1
+            else _PACKED,
             "quantization_status": "compressed",
             "ignore": [],
             "config_groups": groups,
@@ -140,7 +142,7 @@ def _tied_names(model: Any) -> set[str]:
 
 
 def _tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
-    scale = {"weight_scale": layer.scale.expand(len(layer.codes), 1).contiguous()}
+    scale = {"weight_scale": layer.scale.expand(len(layer.codes), 1).clone()}
     if layer.spec.kind == "embedding":
         # transformers wants a weight of that name in an embedding, so bytes it is.
         return {"weight": layer.codes.clone(), **scale}
