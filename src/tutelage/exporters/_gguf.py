@@ -101,7 +101,7 @@ def _gguf() -> Any:
 
 
 def _check(layer: QuantizedLayer) -> None:
-    rows, width = layer.codes.shape
+    width = layer.codes.shape[1]
     if not {int(code) for code in (layer.grid.lo, layer.grid.hi)} <= {-1, 0, 1}:
         raise ExportError(
             f"the weight of {layer.name!r} has codes from {layer.grid.lo} to {layer.grid.hi}, GGUF "
