@@ -140,11 +140,16 @@ def _blocks(codes: Tensor, scale: Tensor, kind: Any, name: str) -> np.ndarray[An
     import numpy as np
     from gguf import quants
 
-    packed = quants.quantize((codes.float() * scale).numpy(), kind)
-    rounded = codes.float() * scale.half().float()
-    if not np.array_equal(quants.dequantize(packed, kind), rounded.numpy()):
+    half = scale.half().float()
+    if float((half - scale).abs().max()) > float(scale.max()) * 2**-11:
         raise ExportError(
-            f"the scales of {name!r} are beyond half precision, in which GGUF holds them; export "
-            "to another format."
+            f"the scales of {name!r}, up to {float(scale.max()):.3g}, are outside half precision, "
+            "in which GGUF holds them; export to 'onnx' or 'openvino'."
+        )
+    values = (codes.float() * half).numpy()
+    packed = quants.quantize(values, kind)
+    if not np.array_equal(quants.dequantize(packed, kind), values):
+        raise ExportError(
+            f"gguf did not keep the weights of {name!r} as they are; use another version of it."
         )
     return packed
