@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -212,6 +213,21 @@ def test_a_llama_computed_from_the_file_is_the_student(tied: bool, tmp_path: Pat
     torch.testing.assert_close(got, want, atol=0.02, rtol=0.01)  # scales are rounded
     p, q = trained.log_softmax(-1), got.log_softmax(-1)
     assert float((p.exp() * (p - q)).sum(-1).mean()) < 0.01
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_transformers_reads_the_same_model_and_tokenizer(encoding: str, tmp_path: Path) -> None:
+    student, tokenizer = llama(), byte_level()
+    write(student, tmp_path / "m.gguf", processor=tokenizer, encoding=encoding)
+    model, report = LlamaForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    for name, values in rounded(student).items():
+        assert torch.equal(model.get_submodule(name).weight, values)
+    made = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    text = "the quick fox is other than 12 foxes"
+    assert made(text).input_ids == tokenizer(text).input_ids
 
 
 def test_settings_of_a_llama(tmp_path: Path) -> None:
