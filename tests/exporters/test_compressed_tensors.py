@@ -31,6 +31,7 @@ CASES = {
     "roberta-w2": (lambda: make_student("roberta", "w2-a8"), "float"),
     "reference": (lambda: make_student("bert", "reference"), "float"),
     "llama-tied": (lambda: tied_llama(), "quantized"),
+    "gemma": (lambda: make_any_student("gemma"), "quantized"),
     "vit": (lambda: vit(), "quantized"),
 }
 
@@ -78,8 +79,8 @@ def vit() -> Any:
 
 
 def inputs_for(name: str) -> dict[str, Tensor]:
-    if name == "vit":
-        return make_inputs("vit")
+    if name in ("gemma", "vit"):
+        return make_inputs(name)
     batch = inputs_of(make_batch())
     return {"input_ids": batch["input_ids"]} if "llama" in name else batch
 
@@ -238,6 +239,13 @@ def test_what_the_format_has_no_word_for_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(ExportError, match=r"'transformer\.h\.0\.attn\.c_attn' is a Conv1D.*onnx"):
         tutelage.export(make_any_student("gpt2"), target, format="compressed-tensors")
+    for family, why in (
+        ("dinov2", r"Dinov2ForImageClassification: its code splits 'mlp\.weights_in\.weight'"),
+        ("t5", "T5ForConditionalGeneration: its code wants unpacked weights"),
+        ("modernbert", "ModernBertForSequenceClassification: its code wants unpacked weights"),
+    ):
+        with pytest.raises(ExportError, match=f"could not load a packed {why}"):
+            tutelage.export(make_any_student(family), target, format="compressed-tensors")
     student = make_student("bert", "reference")
     with pytest.raises(ExportError, match=r"no clipped activations.*activations='float'"):
         tutelage.export(student, target, format="compressed-tensors")

@@ -15,6 +15,7 @@ from ..artefacts import staged_directory, write_failures_as_os_error
 from ..errors import ExportError
 from ..quantizers import Grid
 from ..scheme import ActivationSpec
+from ._ct_limits import is_plain, refuse_layer, refuse_model
 from ._layers import QuantizedLayer, quantized_layers, twin
 from ._processors import store_processor
 
@@ -35,11 +36,12 @@ def write(
     """Writes a folder in the format ``pack-quantized`` of compressed-tensors.
 
     ``from_pretrained`` of transformers loads it where compressed-tensors is installed; this
-    library is not needed. The weights of Linears and embeddings are bit for bit codes * scale: 2
-    bits a ternary or binary weight, 4 bits a four-level one, and one float32 scale a row. A tied
-    head is stored a second time. Activations are quantized at run time as the student does it but
-    with steps of amax / (2^(bits - 1) - 0.5), which is how that library computes them; products
-    inside attention are not. There the weights are unpacked at the first forward, to float32.
+    library is not needed. The weights are bit for bit codes * scale: those of Linears in 2 bits,
+    four-level ones in 4, embeddings in 8, and one float32 scale a row; convolutions that embed
+    patches, and embeddings with a factor of their own (Gemma), in float32. A tied head is stored
+    a second time. Inputs of Linears are quantized as they run, as the student does it but in
+    steps of amax / (2^(bits - 1) - 0.5), which is how compressed-tensors computes them; products
+    inside attention are not. Weights are unpacked to float32 at the first forward.
 
     Args:
         student: A model made by ``tutelage.prepare``, or a packed one from ``tutelage.load``.
@@ -53,8 +55,8 @@ def write(
         The folder.
 
     Raises:
-        ExportError: The format cannot hold a module of the model, or quantize an activation as
-            the student does.
+        ExportError: The format cannot hold a module of the model or quantize an activation as
+            the student does, or transformers could not load the result.
         OutputExistsError: The folder is not empty.
         UnsupportedModelError: The model is neither prepared nor packed.
     """
@@ -63,25 +65,25 @@ def write(
             f"activations is {activations!r}; use 'quantized' or 'float' (full precision)."
         )
     layers = quantized_layers(student)
-    packed = {name: layer for name, layer in layers.items() if layer.spec.kind != "conv2d"}
-    for layer in packed.values():
-        _check(layer, activations == "quantized")
+    for layer in layers.values():
+        refuse_layer(layer, activations == "quantized")
     with staged_directory(Path(path), overwrite=overwrite) as stage:
         plain: Any = twin(student)
+        packed = {name: layer for name, layer in layers.items() if _is_packed(layer, plain)}
         state = _untied(plain, packed)
         for name, layer in packed.items():
             del state[f"{name}.weight"]
             state |= {f"{name}.{key}": value for key, value in _tensors(layer).items()}
         groups = _groups(packed, plain.base_model_prefix, activations == "quantized")
+        formats = {group["format"] for group in groups.values()}
         plain.config.quantization_config = {
             "quant_method": "compressed-tensors",
-            "format": "mixed-precision"
-            if len({g["format"] for g in groups.values()}) > 1
-            else _PACKED,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "ignore": [],
             "config_groups": groups,
         }
+        refuse_model(plain, [n for n, layer in packed.items() if layer.spec.kind == "linear"])
         plain.config.architectures = [type(plain).__name__]
         plain.config.save_pretrained(stage)
         if plain.can_generate():
@@ -91,22 +93,11 @@ def write(
     return Path(path)
 
 
-def _check(layer: QuantizedLayer, quantized: bool) -> None:
-    """Refuses what the format has no word for."""
-    if layer.spec.kind == "conv1d":
-        raise ExportError(
-            f"{layer.name!r} is a Conv1D, and compressed-tensors holds Linears and embeddings; "
-            "export to 'onnx' or 'openvino'."
-        )
-    input = layer.spec.input
-    if not quantized or input is None:
-        return
-    if input.clip is not None or not input.signed:
-        what = "clipped" if input.clip is not None else "unsigned"
-        raise ExportError(
-            f"compressed-tensors has no {what} activations, which the input of {layer.name!r} is; "
-            "pass activations='float' to leave inputs in full precision."
-        )
+def _is_packed(layer: QuantizedLayer, plain: nn.Module) -> bool:
+    """Whether a weight is packed; others are stored in float32."""
+    if layer.spec.kind == "embedding":
+        return is_plain(plain.get_submodule(layer.name))
+    return layer.spec.kind == "linear"
 
 
 def _untied(plain: Any, packed: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
