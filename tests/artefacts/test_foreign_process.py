@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import tutelage
 from helpers import FAMILIES, PRESETS, logits_of, make_batch, make_student, make_tokenizer
@@ -34,16 +37,47 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.fixture(scope="module")
+def in_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "out"
+    make_student().save_pretrained(folder, max_shard_size="3KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def again(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("again") / "out"
+    packed: Any = tutelage.load(folders["bert-ternary-a8"])
+    packed.save_pretrained(folder)
+    return folder
+
+
 FOREIGN = """
 import json, sys
-from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
+from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModelForMaskedLM, BertForSequenceClassification, pipeline
 
+careless = {"ignore_mismatched_sizes": True}
 told = {}
 for folder in sys.argv[1:]:
+    classifier = AutoModelForSequenceClassification.from_pretrained
     for name, load in {
-        "classifier": AutoModelForSequenceClassification.from_pretrained,
+        "classifier": classifier,
         "base": AutoModel.from_pretrained,
+        "masked": lambda path: AutoModelForMaskedLM.from_pretrained(path, **careless),
+        "direct": lambda path: BertForSequenceClassification.from_pretrained(path, **careless),
         "pipeline": lambda path: pipeline("text-classification", path),
+        "careless": lambda path: classifier(path, **careless),
+        "careless base": lambda path: AutoModel.from_pretrained(path, **careless),
+        "careless pipeline": lambda path: pipeline(
+            "text-classification", path, model_kwargs=careless
+        ),
+        "careless map": lambda path: classifier(path, device_map="cpu", **careless),
+        "careless auto": lambda path: classifier(path, device_map="auto", **careless),
+        "careless safe": lambda path: classifier(path, use_safetensors=True, **careless),
+        "careless bin": lambda path: classifier(path, use_safetensors=False, **careless),
+        "careless half": lambda path: classifier(path, dtype="bfloat16", **careless),
     }.items():
         try:
             load(folder)
@@ -57,13 +91,34 @@ AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 """
 
 
-def test_without_tutelage_every_artefact_is_an_error(folders: dict[str, Path]) -> None:
-    done = python(FOREIGN, *folders.values())
+def test_without_tutelage_every_artefact_is_an_error(
+    folders: dict[str, Path], in_shards: Path, again: Path
+) -> None:
+    done = python(FOREIGN, *folders.values(), in_shards, again)
     assert done.returncode != 0
     told = json.loads(done.stdout.splitlines()[-1])
-    assert len(told) == 3 * len(folders)
+    assert len(told) == 13 * (len(folders) + 2)
     assert "LOADED" not in told.values()
-    assert "size" in done.stderr.lower()  # the last words are about a mismatch of shapes
+    assert "import tutelage" in done.stderr.splitlines()[-1]
+
+
+def test_without_the_guard_the_shapes_still_differ(again: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(again, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    del config["fusion_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    done = python(
+        "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])",
+        folder,
+    )
+    assert done.returncode != 0
+    assert "mismatched_sizes" in done.stderr.splitlines()[-1]
+
+
+def test_shards_and_second_saves_load_the_same_bits(in_shards: Path, again: Path) -> None:
+    want = logits_of(make_student(), make_batch())
+    for folder in (in_shards, again):
+        assert torch.equal(logits_of(tutelage.load(folder), make_batch()), want)
 
 
 LOADED = """

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ArtefactError
 from ..nn import QuantWeight
 from ..scheme import ModuleSpec, Scheme
+from ._guard import guard, lift
 from ._hollow import make_hollow, not_stored, refuse_other_tensors
 from ._pack import METADATA_KEY, config_digest, digest, pack_state_dict
 
@@ -143,6 +144,15 @@ class PackedQuantizer(HfQuantizer):
         """
         return []
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Lifts the guard: transformers asks here, before it reads the rest of ``config``."""
+        lift(config)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """As ``update_attn_implementation``, which transformers up to 5.17 does not know."""
+        return self.update_attn_implementation(config)
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = cast("PackedConfig", self.quantization_config)
         modules = config.specs()
@@ -153,6 +163,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _keep_names(model)
+        guard(model.config)
         return model
 
 
@@ -227,6 +238,7 @@ def attach_quantizer(model: nn.Module, scheme: Scheme, modules: Mapping[str, Mod
     target = cast("Any", model)
     target.config.quantization_config = config
     target.hf_quantizer = PackedQuantizer(config)
+    guard(target.config)
     _keep_names(target)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from .._prepare import prepared
+from ..artefacts._guard import lift
 from ..errors import UnsupportedModelError
 from ..nn import PackedWeight, QuantWeight
 from ..quantizers import Grid, unpack
@@ -126,6 +127,7 @@ def twin(model: nn.Module) -> nn.Module:
     config = copy.deepcopy(source.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    lift(config)
     config._attn_implementation_internal = None
     with torch.random.fork_rng(devices=[]):
         made = cast("Any", type(model))(config)
