@@ -100,7 +100,7 @@ def openvino_layer(codes: Any, scale: Any, kind: str, precision: str | None, thr
     return call
 
 
-def onnxruntime_layer(codes: Any, scale: Any, threads: int) -> Call:
+def onnxruntime_layer(codes: Any, scale: Any) -> Call:
     """Returns ``DynamicQuantizeLinear`` and ``MatMulInteger`` of ONNX Runtime."""
     import numpy as np
     import onnxruntime
@@ -126,7 +126,8 @@ def onnxruntime_layer(codes: Any, scale: Any, threads: int) -> Call:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    # Eight pools, each of whose threads spins after its work, would be in each other's way.
+    options.use_per_session_threads = False
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -161,10 +162,12 @@ def our_layer(codes: Any, scale: Any, isa: int) -> Call:
 def make_engines(rows: int, width: int, threads: int) -> dict[str, list[Call]]:
     """Returns eight layers of every engine, by name."""
     import numpy as np
+    import onnxruntime
 
     from tutelage.kernels import native
 
     draw = np.random.default_rng(0)
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
     weights = [
         (
             draw.integers(-1, 2, (rows, width)).astype(np.float32),
@@ -181,7 +184,7 @@ def make_engines(rows: int, width: int, threads: int) -> dict[str, list[Call]]:
             engines[f"openvino {kind} {precision or 'auto'}"] = [
                 openvino_layer(*pair, kind, precision, threads) for pair in weights
             ]
-    engines["onnxruntime int8"] = [onnxruntime_layer(*pair, threads) for pair in weights]
+    engines["onnxruntime int8"] = [onnxruntime_layer(*pair) for pair in weights]
     engines["torch int8"] = [torch_layer(*pair) for pair in weights]
     return engines
 
