@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from ..errors import ArtefactError
 from ..kernels import resident_codes
-from ..quantizers import BaseQuantizer, Grid, Quantized, packed_width, unpack
+from ..quantizers import (
+    BaseQuantizer,
+    Encoding,
+    Grid,
+    Quantized,
+    are_codes,
+    packed_width,
+    recode,
+    unpack,
+)
 from ._conv2d import over_patches
 from ._linear import Arithmetic, quantized_linear
 from ._precision import in_float32
@@ -25,7 +34,8 @@ class PackedWeight(nn.Module):
 
     The bytes are the buffer ``weight`` of the state dict, uint8 with one dimension, so that a
     reader who takes them for a full-precision weight fails on the shape; the scales are
-    ``weight_scale``, float32, (rows, 1) or (1, 1). A module that shares has neither.
+    ``weight_scale``, float32, (rows, 1) or (1, 1). A module that shares has neither. In memory the
+    bytes hold whole bits a code, whatever the encoding of the file.
 
     Attributes:
         grid: The codes that are possible.
@@ -70,6 +80,42 @@ class PackedWeight(nn.Module):
         """Returns the bytes, a row of them for every row of codes, and the scales."""
         owner = self.owner
         return owner._bytes().view(self.rows, -1), cast("Tensor", owner.weight_scale)
+
+    def make_room(self, encoding: Encoding) -> None:
+        """Makes room for bytes as a file holds them; ``settle`` turns them into whole bits.
+
+        Args:
+            encoding: That of the file.
+        """
+        if self.owner is self:
+            size = self.rows * packed_width(self.width, self.grid, encoding)
+            self._buffers["weight"] = self._bytes().new_empty(size)
+
+    def settle(self, encoding: Encoding) -> bool:
+        """Turns bytes of a file into whole bits a code, which all of the class works on.
+
+        Args:
+            encoding: That of the file.
+
+        Returns:
+            Whether the bytes are codes; they are left alone if not.
+        """
+        if self.owner is not self or not self._bytes().numel():
+            return True
+        rows = self._bytes().view(self.rows, -1)
+        if not are_codes(rows, self.width, self.grid, encoding):
+            return False
+        self._buffers["weight"] = recode(rows, self.width, self.grid, encoding, "bits").reshape(-1)
+        return True
+
+    def stored(self, encoding: Encoding) -> UInt8[Tensor, " bytes"]:
+        """Returns the bytes as a file holds them.
+
+        Args:
+            encoding: That of the file.
+        """
+        rows = self._bytes().view(self.rows, -1)
+        return recode(rows, self.width, self.grid, "bits", encoding).reshape(-1)
 
     def _bytes(self) -> Tensor:
         return cast("Tensor", self._buffers["weight"])
