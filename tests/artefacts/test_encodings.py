@@ -15,7 +15,7 @@ import tutelage
 from families import make_any_student, make_model, output_of
 from helpers import FAMILIES, PRESETS, logits_of, make_batch, make_student, same_bits
 from tutelage.artefacts import weight_bytes
-from tutelage.artefacts._pack import digest
+from tutelage.artefacts._pack import digest, weights_digest
 from tutelage.artefacts._reader import read_header
 from tutelage.artefacts._verify import metadata_of
 from tutelage.errors import ArtefactError, SchemeError
@@ -165,8 +165,10 @@ def forge(folder: Path, change: Any) -> None:
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     change(tensors, config)
+    digests = {name: digest(t) for name, t in tensors.items()}
+    config["quantization_config"]["weights"] = weights_digest(digests)
     (folder / "config.json").write_text(json.dumps(config))
-    metadata = metadata_of({name: digest(t) for name, t in tensors.items()}, config, 3)
+    metadata = metadata_of(digests, config, 3)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"} | metadata)
 
 

@@ -19,7 +19,15 @@ from ._huggingface import QUANT_METHOD, READABLE_VERSIONS, of_unknown_version, s
 from ._reader import read_json
 from ._verify import verify_files
 
-__all__ = ["load", "processor_of", "save", "weight_bytes", "write_artefact"]
+__all__ = [
+    "load",
+    "packed_config",
+    "processor_of",
+    "save",
+    "weight_bytes",
+    "weight_files",
+    "write_artefact",
+]
 
 
 def save(
@@ -170,7 +178,7 @@ def load(path: str | Path) -> nn.Module:
         ArtefactError: The folder is missing, incomplete, corrupt, edited, or holds something else.
     """
     path = Path(path)
-    config = _read_config(path)
+    config = packed_config(path)
     import transformers
 
     from ._huggingface import register
@@ -220,7 +228,12 @@ def weight_bytes(path: str | Path) -> int:
     return sum(file.stat().st_size for file in weight_files(Path(path)))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def packed_config(path: Path) -> dict[str, Any]:
+    """Returns the content of ``config.json`` of a packed model.
+
+    Raises:
+        ArtefactError: It is missing, no JSON, or that of something else.
+    """
     file = path / "config.json"
     if not path.is_dir():
         raise ArtefactError(f"there is no folder {path}; name one written by tutelage.save.")

@@ -19,12 +19,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import ArtefactError, SchemeError, nearest
+from ..errors import ArtefactError, SchemeError
 from ..nn import PackedWeight, QuantWeight
 from ..quantizers import ENCODINGS, Encoding
 from ..scheme import WEIGHT_QUANTIZERS, ModuleSpec, Scheme
 from ._hollow import make_hollow, not_stored, refuse_other_tensors
-from ._pack import REST_DTYPES, digest, pack_state_dict, store_rest
+from ._pack import REST_DTYPES, digest, known_storage, pack_state_dict, store_rest, weights_digest
 from ._reader import read_header
 from ._verify import metadata_of, verify_config, verify_files
 
@@ -72,6 +72,7 @@ class PackedConfig(QuantizationConfigMixin):
         version: Version of the format.
         encoding: How codes became bytes, ``"bits"`` or ``"base3"``.
         rest: Dtype in which all that is not quantized is stored, ``"float32"`` or ``"bfloat16"``.
+        weights: Digest of all tensors; ``None`` before version 3, and before the first save.
     """
 
     encoding: Encoding
@@ -83,6 +84,7 @@ class PackedConfig(QuantizationConfigMixin):
         version: int = FORMAT_VERSION,
         encoding: Encoding = "bits",
         rest: str = "float32",
+        weights: str | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = cast("Any", QUANT_METHOD)
@@ -91,6 +93,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.version = version
         self.encoding = encoding
         self.rest = rest
+        self.weights = weights
 
     def specs(self) -> dict[str, ModuleSpec]:
         """Returns the module map.
@@ -148,8 +151,9 @@ class PackedQuantizer(HfQuantizer):
         # save_pretrained sets these two after this call.
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        written = json.loads(model.config.to_json_string())
         digests = {name: digest(tensor) for name, tensor in state.items()}
+        config.weights = weights_digest(digests)
+        written = json.loads(model.config.to_json_string())
         return state, metadata_of(digests, written, FORMAT_VERSION)
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -186,7 +190,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = cast("PackedConfig", self.quantization_config)
         modules = config.specs()
-        stored = verify_files([Path(str(f)) for f in kwargs.get("checkpoint_files") or ()])
+        files = [Path(str(file)) for file in kwargs.get("checkpoint_files") or ()]
+        stored = verify_files(files, config.weights)
         make_hollow(model, modules, config.encoding)
         refuse_other_tensors(model, stored)
         return model
@@ -215,15 +220,7 @@ def stored_as(model: Any, encoding: Encoding, rest: str) -> Iterator[None]:
     Raises:
         SchemeError: There is no such way, or no weight for which it would make a difference.
     """
-    for given, known, what in (
-        (encoding, ENCODINGS, "encoding"),
-        (rest, tuple(REST_DTYPES), "dtype of the rest"),
-    ):
-        if given not in known:
-            names = " or ".join(map(repr, known))
-            raise SchemeError(
-                f"there is no {what} {given!r}; use {names}.{nearest(str(given), known)}"
-            )
+    known_storage(encoding, rest)
     config = cast("PackedConfig", model.hf_quantizer.quantization_config)
     weights = [spec.weight for spec in config.specs().values() if spec.weight is not None]
     if encoding == "base3" and all(WEIGHT_QUANTIZERS[w.kind].grid.levels != 3 for w in weights):

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import SchemeError, nearest
 from ..nn import QuantWeight
-from ..quantizers import Encoding, pack
+from ..quantizers import ENCODINGS, Encoding, pack
 from ..scheme import ModuleSpec
 
 __all__ = [
@@ -19,9 +20,10 @@ __all__ = [
     "REST_DTYPES",
     "config_digest",
     "digest",
+    "known_storage",
     "pack_state_dict",
-    "record_digest",
     "store_rest",
+    "weights_digest",
 ]
 
 METADATA_KEY = "tutelage"
@@ -63,19 +65,38 @@ def config_digest(config: Mapping[str, Any], version: int) -> str:
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def record_digest(tensors: Mapping[str, str], config: str) -> str:
-    """Returns a digest of all digests that a file carries.
+def weights_digest(tensors: Mapping[str, str]) -> str:
+    """Returns the digest of all tensors that ``config.json`` carries.
 
     Args:
         tensors: Digest of every tensor, by name.
-        config: Digest of the configuration.
     """
-    text = json.dumps([sorted(tensors.items()), config])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()[:16]
 
 
 REST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """How all that is not quantized can be stored, by name."""
+
+
+def known_storage(encoding: str, rest: str) -> None:
+    """Refuses names of storage that do not exist.
+
+    Args:
+        encoding: How codes become bytes.
+        rest: Dtype of all that is not quantized.
+
+    Raises:
+        SchemeError: There is no such encoding or dtype.
+    """
+    for given, known, what in (
+        (encoding, ENCODINGS, "encoding"),
+        (rest, tuple(REST_DTYPES), "dtype of the rest"),
+    ):
+        if given not in known:
+            names = " or ".join(map(repr, known))
+            raise SchemeError(
+                f"there is no {what} {given!r}; use {names}.{nearest(str(given), known)}"
+            )
 
 
 def store_rest(state: dict[str, Tensor], rest: str) -> None:

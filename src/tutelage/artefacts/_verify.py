@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtefactError
-from ._pack import METADATA_KEY, config_digest, record_digest
+from ._pack import METADATA_KEY, config_digest, weights_digest
 from ._reader import Header, parse, read_header, read_json, stored_digest
 
 __all__ = ["metadata_of", "verify_config", "verify_files"]
@@ -34,13 +34,13 @@ def verify_config(header: Header) -> dict[str, str]:
         record = parse(header.metadata[METADATA_KEY])
         if record is None:
             raise ArtefactError(f"{file} carries no digests; save the model again.")
-        version = _version(config)
-        if version >= 3 and record["whole"] != record_digest(record["tensors"], record["config"]):
-            raise ArtefactError(
-                f"the digests in {file} were changed after it was saved; restore the file from a "
-                "good copy."
-            )
-        if record["config"] != config_digest(config, version):
+        section = _section(config)
+        version = section.get("version")
+        version = version if type(version) is int else 0
+        same = record["config"] == config_digest(config, version)
+        if version >= 3:
+            same = same and section["weights"] == weights_digest(record["tensors"])
+        if not same:
             raise ArtefactError(
                 f"{file.parent / 'config.json'} is not the one that {file.name} was saved "
                 "with; restore both files from one save."
@@ -52,19 +52,20 @@ def verify_config(header: Header) -> dict[str, str]:
         ) from error
 
 
-def _version(config: Any) -> int:
+def _section(config: Any) -> dict[str, Any]:
     section = config.get("quantization_config") if isinstance(config, dict) else None
-    version = section.get("version") if isinstance(section, dict) else None
-    return version if type(version) is int else 0
+    return section if isinstance(section, dict) else {}
 
 
-def verify_files(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+def verify_files(files: Iterable[Path], weights: str | None = None) -> dict[str, tuple[int, ...]]:
     """Compares packed files, and the ``config.json`` beside them, with the digests they carry.
 
     First every header and the configuration, then tensor by tensor, in constant memory.
 
     Args:
         files: The safetensors files of one model.
+        weights: The digest of all tensors by a configuration that was read before; ``None`` for
+            that of the folder.
 
     Returns:
         Name and shape of every tensor.
@@ -76,10 +77,10 @@ def verify_files(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     records = [verify_config(header) for header in headers]
     expected = records[0] if records else {}
     for header, record in zip(headers, records, strict=True):
-        if record != expected:
+        if record != expected or weights not in (None, weights_digest(record)):
             raise ArtefactError(
-                f"{header.file} is of another save than {headers[0].file}; restore both files "
-                "from one save."
+                f"{header.file} is of another save than the other files; restore all of them from "
+                "one save."
             )
     seen: dict[str, tuple[int, ...]] = {}
     for header in headers:
@@ -123,10 +124,8 @@ def metadata_of(tensors: dict[str, str], config: dict[str, Any], version: int) -
         config: What ``config.json`` will hold.
         version: Version of the packed format.
     """
-    of_config = config_digest(config, version)
     record = {
-        "tensors": tensors,
-        "config": of_config,
-        "whole": record_digest(tensors, of_config),
+        "tensors": dict(sorted(tensors.items())),
+        "config": config_digest(config, version),
     }
     return {METADATA_KEY: json.dumps(record)}
