@@ -52,8 +52,11 @@ def test_base_3_loads_as_what_bits_load(family: str, preset: str, tmp_path: Path
     auto = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base3")
     for model in (other, auto):
         assert one.state_dict().keys() == model.state_dict().keys()
-        for name, tensor in one.state_dict().items():
+        for name, tensor in small.items():
             assert same_bits(model.state_dict()[name], tensor)
+        want = bits_of(one)
+        for name, rows in bits_of(model).items():
+            assert same_bits(rows, want[name])
         assert same_bits(logits_of(model, make_batch()), logits_of(student, make_batch()))
 
 

@@ -142,9 +142,6 @@ class PackedQuantizer(HfQuantizer):
             state = pack_state_dict(model, specs, config.encoding)
         else:
             state = dict(model.state_dict())
-            for name, module in model.named_modules():
-                if isinstance(module, PackedWeight) and module.owner is module:
-                    state[f"{name}.weight"] = module.stored(config.encoding)
         for name in not_stored(model, state):
             del state[name]
         store_rest(state, config.rest)
@@ -197,9 +194,8 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        encoding = cast("PackedConfig", self.quantization_config).encoding
         for name, module in model.named_modules():
-            if isinstance(module, PackedWeight) and not module.settle(encoding):
+            if isinstance(module, PackedWeight) and not module.holds_codes():
                 raise ArtefactError(
                     f"the tensor '{name}.weight' holds bytes that are no codes; restore the file "
                     "from a good copy."

@@ -34,18 +34,19 @@ class PackedWeight(nn.Module):
 
     The bytes are the buffer ``weight`` of the state dict, uint8 with one dimension, so that a
     reader who takes them for a full-precision weight fails on the shape; the scales are
-    ``weight_scale``, float32, (rows, 1) or (1, 1). A module that shares has neither. In memory the
-    bytes hold whole bits a code, whatever the encoding of the file.
+    ``weight_scale``, float32, (rows, 1) or (1, 1). A module that shares has neither.
 
     Attributes:
         grid: The codes that are possible.
         rows: Rows of the weight: output features or table entries.
         width: Codes in a row.
+        encoding: How codes became the bytes; asked of the owner.
     """
 
     grid: Grid
     rows: int
     width: int
+    encoding: Encoding
 
     @property
     def weight(self) -> Tensor:
@@ -77,51 +78,46 @@ class PackedWeight(nn.Module):
         return cast("PackedWeight", self.__dict__.get("_owner", self))
 
     def packed(self) -> tuple[UInt8[Tensor, "rows packed"], Float[Tensor, "scales 1"]]:
-        """Returns the bytes, a row of them for every row of codes, and the scales."""
+        """Returns bytes of whole bits a code, a row for every row of codes, and the scales.
+
+        Bytes that are held in base 3 are turned at the first call and kept.
+        """
         owner = self.owner
-        return owner._bytes().view(self.rows, -1), cast("Tensor", owner.weight_scale)
+        rows = self._byte_rows()
+        if owner.encoding != "bits":
+            kept = cast("Tensor | None", owner.__dict__.get("_recoded"))
+            if kept is None or kept.device != rows.device:
+                kept = recode(rows, self.width, self.grid, owner.encoding, "bits")
+                owner.__dict__["_recoded"] = kept
+            rows = kept
+        return rows, cast("Tensor", owner.weight_scale)
 
     def make_room(self, encoding: Encoding) -> None:
-        """Makes room for bytes as a file holds them; ``settle`` turns them into whole bits.
+        """Makes room for bytes in another encoding.
 
         Args:
-            encoding: That of the file.
+            encoding: That of the file which will be loaded.
         """
         if self.owner is self:
+            self.encoding = encoding
             size = self.rows * packed_width(self.width, self.grid, encoding)
             self._buffers["weight"] = self._bytes().new_empty(size)
 
-    def settle(self, encoding: Encoding) -> bool:
-        """Turns bytes of a file into whole bits a code, which all of the class works on.
-
-        Args:
-            encoding: That of the file.
-
-        Returns:
-            Whether the bytes are codes; they are left alone if not.
-        """
-        if self.owner is not self or not self._bytes().numel():
+    def holds_codes(self) -> bool:
+        """Whether the bytes are some that packing makes; of shared ones the owner is asked."""
+        if self.owner is not self or self._bytes().is_meta:
             return True
-        rows = self._bytes().view(self.rows, -1)
-        if not are_codes(rows, self.width, self.grid, encoding):
-            return False
-        self._buffers["weight"] = recode(rows, self.width, self.grid, encoding, "bits").reshape(-1)
-        return True
+        return are_codes(self._byte_rows(), self.width, self.grid, self.encoding)
 
-    def stored(self, encoding: Encoding) -> UInt8[Tensor, " bytes"]:
-        """Returns the bytes as a file holds them.
-
-        Args:
-            encoding: That of the file.
-        """
-        rows = self._bytes().view(self.rows, -1)
-        return recode(rows, self.width, self.grid, "bits", encoding).reshape(-1)
+    def _byte_rows(self) -> Tensor:
+        return self.owner._bytes().view(self.rows, -1)
 
     def _bytes(self) -> Tensor:
         return cast("Tensor", self._buffers["weight"])
 
     def _hold(self, quantizer: BaseQuantizer, shape: tuple[int, int], owner: Any) -> Self:
         self.grid, (self.rows, self.width) = quantizer.grid, shape
+        self.encoding = "bits"
         device = cast("Tensor", self._parameters["weight"]).device
         del self._parameters["weight"]
         if owner is not None:
@@ -223,9 +219,10 @@ class PackedLinear(PackedWeight):
 
         They are unpacked at the first call and kept.
         """
-        rows, _ = self.packed()
+        rows = self._byte_rows()
         if self._codes is None or self._codes.device != rows.device:
-            self._codes = resident_codes(unpack(rows, self.width, self.grid))
+            codes = unpack(rows, self.width, self.grid, self.owner.encoding)
+            self._codes = resident_codes(codes)
         return self._codes
 
     @in_float32
@@ -237,7 +234,7 @@ class PackedLinear(PackedWeight):
         Args:
             input: Shape (*batch, in_features).
         """
-        _, scale = self.packed()
+        scale = cast("Tensor", self.owner.weight_scale)
         if self.input_quantizer is None:
             values = self.codes().float() * scale
             return nn.functional.linear(input.to(values.dtype), values, self.bias)
@@ -325,8 +322,9 @@ class PackedEmbedding(PackedWeight):
         """
         # Unlike indexing, index_select refuses negative indices, as nn.Embedding does.
         index = input.reshape(-1)
-        rows, scale = self.packed()
-        codes = unpack(rows.index_select(0, index), self.width, self.grid).float()
+        rows, scale = self._byte_rows(), cast("Tensor", self.owner.weight_scale)
+        encoding = self.owner.encoding
+        codes = unpack(rows.index_select(0, index), self.width, self.grid, encoding).float()
         codes.mul_(scale.index_select(0, index) if len(scale) > 1 else scale)
         return codes.reshape(*input.shape, self.width)
 

@@ -49,16 +49,7 @@ def pack(
     Returns:
         One row of bytes for every row; unused bits and digits of the last byte are zero.
     """
-    per_byte = _per_byte(grid, encoding)
-    index = ((codes - grid.lo) / grid.step).to(torch.uint8)
-    rows, width = index.shape
-    index = torch.nn.functional.pad(index, (0, -width % per_byte))
-    lanes = index.reshape(rows, packed_width(width, grid, encoding), per_byte)
-    if _is_base3(grid, encoding):
-        lanes = lanes * _powers(codes.device)
-    else:
-        lanes = lanes << _shifts(grid, codes.device)
-    return lanes.sum(-1, dtype=torch.uint8)
+    return _pack_index(((codes - grid.lo) / grid.step).to(torch.uint8), grid, encoding)
 
 
 def unpack(
@@ -72,12 +63,7 @@ def unpack(
         grid: The grid they are on.
         encoding: How they became bytes.
     """
-    lanes = packed.unsqueeze(-1)
-    if _is_base3(grid, encoding):
-        lanes = lanes.div(_powers(packed.device), rounding_mode="floor") % 3
-    else:
-        lanes = (lanes >> _shifts(grid, packed.device)) & (2**grid.bits - 1)
-    index = lanes.flatten(-2)[..., :width].to(torch.int8)
+    index = _unpack_index(packed, width, grid, encoding).to(torch.int8)
     return index * grid.step + grid.lo
 
 
@@ -102,7 +88,10 @@ def are_codes(
         return int(packed.max()) < _TOP and int(packed[:, -1].max()) < 3**used
     if used * grid.bits < 8 and bool((packed[:, -1] >> used * grid.bits).any()):
         return False
-    return grid.levels != 3 or not bool((packed & (packed >> 1) & 0b01010101).any())
+    if grid.levels != 3:
+        return True
+    pieces = packed.reshape(-1).split(_CHUNK)
+    return not any(bool((piece & (piece >> 1) & 0b01010101).any()) for piece in pieces)
 
 
 def recode(
@@ -128,8 +117,34 @@ def recode(
     step = max(_CHUNK // max(width, 1), 1)
     for start in range(0, len(packed), step):
         rows = slice(start, start + step)
-        made[rows] = pack(unpack(packed[rows], width, grid, before), grid, after)
+        made[rows] = _pack_index(_unpack_index(packed[rows], width, grid, before), grid, after)
     return made
+
+
+def _pack_index(index: Tensor, grid: Grid, encoding: Encoding) -> Tensor:
+    """Packs numbers from 0 to levels - 1, uint8, (rows, width)."""
+    per_byte = _per_byte(grid, encoding)
+    base = 3 if _is_base3(grid, encoding) else 2**grid.bits
+    rows, width = index.shape
+    size = (rows, -(-width // per_byte), per_byte)
+    lanes = torch.nn.functional.pad(index, (0, -width % per_byte)).view(size)
+    made = lanes[..., -1].clone(memory_format=torch.contiguous_format)
+    for place in reversed(range(per_byte - 1)):
+        made.mul_(base).add_(lanes[..., place])
+    return made
+
+
+def _unpack_index(packed: Tensor, width: int, grid: Grid, encoding: Encoding) -> Tensor:
+    """Undoes ``_pack_index``."""
+    if _is_base3(grid, encoding):
+        values = torch.arange(256, dtype=torch.int16, device=packed.device).unsqueeze(-1)
+        powers = torch.tensor([3**place for place in range(_DIGITS)], device=packed.device)
+        table = (values.div(powers, rounding_mode="floor") % 3).to(torch.uint8)
+        lanes = table[packed.int()]
+    else:
+        shifts = torch.arange(0, 8, grid.bits, dtype=torch.uint8, device=packed.device)
+        lanes = (packed.unsqueeze(-1) >> shifts) & (2**grid.bits - 1)
+    return lanes.flatten(-2)[..., :width]
 
 
 def _is_base3(grid: Grid, encoding: Encoding) -> bool:
@@ -143,11 +158,3 @@ def _per_byte(grid: Grid, encoding: Encoding) -> int:
         known = " or ".join(map(repr, ENCODINGS))
         raise ValueError(f"there is no encoding {encoding!r}; use {known}.")
     return _DIGITS if _is_base3(grid, encoding) else 8 // grid.bits
-
-
-def _powers(device: torch.device) -> Tensor:
-    return torch.tensor([3**place for place in range(_DIGITS)], dtype=torch.uint8, device=device)
-
-
-def _shifts(grid: Grid, device: torch.device) -> Tensor:
-    return torch.arange(0, 8, grid.bits, dtype=torch.uint8, device=device)
