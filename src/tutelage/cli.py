@@ -207,7 +207,8 @@ def size(
 
     made = None if scheme is None else Scheme.preset(scheme)
     known_storage(encoding or "bits", rest or "float32")
-    found = size_of(model, made, encoding, rest)  # type: ignore[arg-type]
+    storage: Any = (encoding, rest)
+    found = size_of(model, made, *storage)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
