@@ -235,25 +235,29 @@ def _crashed(number: int, code: int) -> dict[str, Any]:
             "seconds": 0.0, "bytes": 0, "times_the_size": 0.0}  # fmt: skip
 
 
+def _tell(rows: list[dict[str, Any]]) -> None:
+    if is_bad(rows[-1]):
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    if len(rows) % 500 == 0:
+        print(f"{len(rows)} cases", file=sys.stderr)
+
+
 def run_cases(cases: int, seed: int) -> list[dict[str, Any]]:
     """Runs cases in a process of their own, a new one after a crash."""
     rows: list[dict[str, Any]] = []
     first = 0
     while first < cases:
         command = [sys.executable, __file__, "--worker", str(first), str(cases), str(seed)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         begun = None
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("start "):
-                begun = int(line.split()[1])
-            elif line.startswith("{"):
-                rows.append(json.loads(line))
-                if is_bad(rows[-1]):
-                    print(line.strip(), file=sys.stderr)
-                if len(rows) % 500 == 0:
-                    print(f"{len(rows)} cases", file=sys.stderr)
-        code = process.wait()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("start "):
+                    begun = int(line.split()[1])
+                elif line.startswith("{"):
+                    rows.append(json.loads(line))
+                    _tell(rows)
+            code = process.wait()
         if code == 0:
             break
         if begun is None:

@@ -16,7 +16,7 @@ from mutations import MUTATIONS
 import tutelage
 from tutelage.errors import ArtefactError, TutelageError
 
-CASES = 20 * len(MUTATIONS)
+CASES = 40 * len(MUTATIONS)
 
 
 @pytest.fixture(scope="module")
