@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ._planned import Rest, bytes_of, header_bytes, planned_tensors
 from ._resolve import refuse_unsupported, resolve
 from .errors import ArtefactError
-from .quantizers import Encoding, packed_width
-from .scheme import WEIGHT_QUANTIZERS, ModuleSpec, Scheme
+from .quantizers import Encoding
+from .scheme import ModuleSpec, Scheme
 
 __all__ = ["SizePart", "SizeReport", "planned_size", "size_of", "stored_size"]
-
-Rest = Literal["float32", "bfloat16"]
 
 KINDS = (
     "Linear codes",
@@ -32,11 +30,6 @@ KINDS = (
     "file header and digests",
 )
 """What a byte of a weight file is for; other embeddings are those of positions and types."""
-
-_RANKS = ("U8", "BF16", "I32", "F32", "I64")
-"""Dtypes in the order in which safetensors puts them last to first."""
-
-_NAMES = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -196,76 +189,16 @@ def planned_size(
     # Products inside attention take no bytes, and need no sites that way.
     specs = resolve(model, scheme.without_attention(), cast("Any", None))
     refuse_unsupported(model, specs)
-    tensors = _planned_tensors(model, specs, encoding, rest)
+    tensors = planned_tensors(model, specs, encoding, rest)
     sorter = _Sorter(model, specs)
     for key, (dtype, shape) in tensors.items():
-        sorter.add(key, shape, _bytes(dtype, shape))
-    sorter.add_header(_header_bytes(tensors))
+        sorter.add(key, shape, bytes_of(dtype, shape))
+    sorter.add_header(header_bytes(tensors))
     return SizeReport(name, False, scheme.name, encoding, rest, sorter.parts(), _floats(model), {})
 
 
 def _floats(model: nn.Module) -> int:
     return 4 * sum(parameter.numel() for parameter in model.parameters())
-
-
-_Plan = dict[str, tuple[str, tuple[int, ...]]]
-
-
-def _planned_tensors(
-    model: nn.Module, specs: Mapping[str, ModuleSpec], encoding: Encoding, rest: Rest
-) -> _Plan:
-    """Returns safetensors dtype and shape of every tensor that would be stored."""
-    from .artefacts._hollow import not_stored
-
-    state = dict(model.state_dict())
-    found: _Plan = {}
-    packed = {f"{name}.weight" for name in specs}
-    loose = not_stored(model, state)
-    for name, tensor in state.items():
-        if name not in packed and name not in loose:
-            floating = "F32" if rest == "float32" else "BF16"
-            dtype = floating if tensor.is_floating_point() else _NAMES[tensor.dtype]
-            found[name] = (dtype, tuple(tensor.shape))
-    for name, spec in specs.items():
-        if spec.shared_with is None:
-            rows, width = _rows(state[f"{name}.weight"].shape, spec)
-            weight = cast("Any", spec.weight)
-            size = rows * packed_width(width, WEIGHT_QUANTIZERS[weight.kind].grid, encoding)
-            found[f"{name}.weight"] = ("U8", (size,))
-            scales = rows if weight.granularity == "row" else 1
-            found[f"{name}.weight_scale"] = ("F32", (scales, 1))
-    return found
-
-
-def _rows(shape: torch.Size, spec: ModuleSpec) -> tuple[int, int]:
-    """Returns rows and codes a row of a weight."""
-    if spec.kind == "conv1d":
-        return shape[1], shape[0]
-    return shape[0], shape[1:].numel()
-
-
-def _bytes(dtype: str, shape: Iterable[int]) -> int:
-    width = {"BOOL": 1, "U8": 1, "BF16": 2, "I32": 4, "F32": 4, "I64": 8}[dtype]
-    return width * torch.Size(shape).numel()
-
-
-def _header_bytes(tensors: _Plan) -> int:
-    """Returns the bytes of the header that safetensors would write, its own length included."""
-    from .artefacts._huggingface import FORMAT_VERSION
-    from .artefacts._verify import metadata_of
-
-    digests = dict.fromkeys(tensors, "0" * 16)
-    metadata = metadata_of(digests, {}, FORMAT_VERSION) | {"format": "pt"}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    ranks = {dtype: rank for rank, dtype in enumerate(("BOOL", *_RANKS))}
-    for name, (dtype, shape) in sorted(
-        tensors.items(), key=lambda item: (-ranks[item[1][0]], item[0])
-    ):
-        start, end = end, end + _bytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8
 
 
 class _Sorter:
