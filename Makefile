@@ -2,15 +2,17 @@
 #
 #   make demo        the main job on packaged weights and data
 #   make test        lint, types, tests, coverage
+#   make fuzz        loads students that were spoilt in 10,000 ways
 #   make venv        only the development set-up
 #
-# Overridable: PYTHON (3.11 or newer), VENV, JOBS (pytest workers), PYTEST_ARGS, DEMO_ARGS.
+# Overridable: PYTHON (3.11 or newer), VENV, JOBS (pytest workers), PYTEST_ARGS, DEMO_ARGS, FUZZ_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+FUZZ_ARGS ?= --cases 10000
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -23,10 +25,10 @@ DEMO_STAMP := $(VENV)/.stamp-demo
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format typecheck pytest
+.PHONY: help venv demo test fuzz lint format typecheck pytest
 
 help:
-	@sed -n '3,7s/^# \{0,1\}//p' Makefile
+	@sed -n '3,8s/^# \{0,1\}//p' Makefile
 
 # The environment, with torch alone in it: were torch a requirement among others, another package could
 # choose its build.
@@ -80,3 +82,6 @@ typecheck: $(DEV_STAMP)
 pytest: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
 	  --cov=tutelage --cov-report=term --cov-fail-under=90 $(PYTEST_ARGS)
+
+fuzz: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/artefacts/fuzz.py $(FUZZ_ARGS)

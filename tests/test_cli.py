@@ -431,3 +431,42 @@ def test_inspect_refuses_an_unknown_architecture(
     config = json.loads((classifier / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Nobody"]}))
     assert "is a Nobody" in refused(run("inspect", tmp_path))
+
+
+def test_size_of_a_model_and_of_its_student(
+    run: Callable[..., Any], classifier: Path, trained: Path
+) -> None:
+    code, out, _ = run(
+        "size", classifier, "--scheme", "ternary-a8", "--encoding", "base3", "--json"
+    )
+    assert code == 0
+    planned = json.loads(out)
+    assert not planned["stored"]
+    assert planned["encoding"] == "base3"
+    code, out, _ = run("size", trained, "--json")
+    stored = json.loads(out)
+    assert code == 0
+    assert stored["weight_bytes"] == (trained / "model.safetensors").stat().st_size
+    assert stored["weight_bytes"] == sum(part["bytes"] for part in stored["parts"])
+    code, out, _ = run("size", trained)
+    assert f"{stored['weight_bytes']:,}" in out
+    assert "embedding codes" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme", "ternary"], "there is no scheme 'ternary'"),
+        (["--encoding", "base-3"], "no encoding 'base-3'; use 'bits' or 'base3'. Did you mean"),
+        (["--rest", "int8"], "no dtype of the rest 'int8'"),
+    ],
+)
+def test_size_refuses_what_there_is_not(
+    run: Callable[..., Any], classifier: Path, options: list[str], message: str
+) -> None:
+    assert message in refused(run("size", classifier, *options))
+
+
+def test_size_refuses_another_storage_for_a_student(run: Callable[..., Any], trained: Path) -> None:
+    assert "packed already" in refused(run("size", trained, "--encoding", "base3"))
+    assert "no folder" in refused(run("size", trained / "nothing"))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from torch import nn
 
 from ._prepare import prepared
 from .errors import UnsupportedModelError
 from .nn import QuantWeight
-from .quantizers import packed_width
+from .quantizers import Encoding, packed_width
 from .scheme import WEIGHT_QUANTIZERS
 
 __all__ = ["Summary", "SummaryRow", "summary"]
@@ -73,11 +73,17 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(student: nn.Module) -> Summary:
+def summary(
+    student: nn.Module,
+    encoding: Encoding = "bits",
+    rest: Literal["float32", "bfloat16"] = "float32",
+) -> Summary:
     """Lists every quantized module of a student with its scheme, bits and packed size.
 
     Args:
         student: A model made by ``prepare``.
+        encoding: How codes become bytes, as in ``save``.
+        rest: Dtype of all that is not quantized, as in ``save``.
 
     Raises:
         UnsupportedModelError: The model was not prepared.
@@ -103,9 +109,10 @@ def summary(student: nn.Module) -> Summary:
                 SummaryRow(name, f"{text}, shared with {spec.shared_with}", grid.bits, 0, 0)
             )
             continue
-        packed = rows * packed_width(width, grid) + 4 * scales
+        packed = rows * packed_width(width, grid, encoding) + 4 * scales
         lines.append(SummaryRow(name, text, grid.bits, packed, 4 * rows * width))
         counted += rows * width
-    rest = 4 * (sum(p.numel() for p in student.parameters()) - counted)
-    lines.append(SummaryRow("(full precision)", "float32", 32, rest, rest))
+    others = sum(p.numel() for p in student.parameters()) - counted
+    size = 4 if rest == "float32" else 2
+    lines.append(SummaryRow("(full precision)", rest, 8 * size, size * others, 4 * others))
     return Summary(tuple(lines))

@@ -8,10 +8,11 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ._doctor import Finding
+    from ._size import SizeReport
     from .train.evaluation import Evaluation
     from .train.run import RunResult
 
-__all__ = ["evaluation_table", "findings_table", "result_table"]
+__all__ = ["evaluation_table", "findings_table", "result_table", "size_table"]
 
 
 def result_table(result: RunResult) -> Table:
@@ -72,6 +73,32 @@ def findings_table(found: list[Finding]) -> Table:
         table.add_column(name, overflow="fold")
     for finding in found:
         table.add_row(finding.subject, finding.state, finding.reason)
+    return table
+
+
+def size_table(report: SizeReport) -> Table:
+    """Returns the table of a model's bytes by kind.
+
+    Args:
+        report: The figures.
+    """
+    title = report.model if report.stored else f"{report.model} under {report.scheme}"
+    table = Table(title=title)
+    table.add_column("kind")
+    for name in ("tensors", "values", "bytes", "share"):
+        table.add_column(name, justify="right")
+    total = report.weight_bytes
+    for part in report.parts:
+        counts = (f"{n:,}" if n else "" for n in (part.tensors, part.values))
+        table.add_row(part.kind, *counts, f"{part.bytes:,}", f"{100 * part.bytes / total:.1f} %")
+    table.add_section()
+    table.add_row("weight files", "", "", f"{total:,}", f"{total / 2**20:.2f} MiB")
+    for name, size in report.files.items():
+        table.add_row(name, "", "", f"{size:,}", "")
+    table.caption = (
+        f"{report.scheme}, codes as {report.encoding}, the rest in {report.rest}; float32 "
+        f"{report.float_bytes / 2**20:.2f} MiB, {report.float_bytes / total:.1f} times as large"
+    )
     return table
 
 

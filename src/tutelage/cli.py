@@ -180,6 +180,42 @@ def inspect(
 
 
 @app.command()
+def size(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder of a saved student; or a full-precision model."
+        ),
+    ],
+    scheme: Annotated[
+        str | None, typer.Option(help="Preset for a full-precision model; default: ternary-a8.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="How its codes would be stored: bits or base3.")
+    ] = None,
+    rest: Annotated[
+        str | None, typer.Option(help="Dtype of the rest: float32 or bfloat16.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Show where the bytes of a student are, or what a model would take; reads no weights."""
+    _quiet()
+    from ._size import size_of
+    from ._tables import size_table
+    from .artefacts import known_storage
+    from .scheme import Scheme
+
+    made = None if scheme is None else Scheme.preset(scheme)
+    known_storage(encoding or "bits", rest or "float32")
+    storage: Any = (encoding, rest)
+    found = size_of(model, made, *storage)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _console().print(size_table(found))
+
+
+@app.command()
 def export(
     folder: _Folder,
     format: Annotated[str, typer.Option(help="openvino, onnx, compressed-tensors or gguf.")],

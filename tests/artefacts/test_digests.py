@@ -179,7 +179,7 @@ def _forget(config: dict[str, Any]) -> None:
 
 
 def _later(config: dict[str, Any]) -> None:
-    config["quantization_config"]["version"] = 3
+    config["quantization_config"]["version"] = 4
 
 
 def _unquantize(config: dict[str, Any]) -> None:
@@ -190,18 +190,34 @@ def _rename(config: dict[str, Any]) -> None:
     config["architectures"] = ["BertForPoetry"]
 
 
-def test_a_file_of_the_first_version_still_loads(original: Path, folder: Path) -> None:
-    edit_config(folder, lambda config: config["quantization_config"].update(version=1))
-    digest_of = config_digest(json.loads((folder / "config.json").read_text()))
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_an_earlier_version_still_loads(
+    version: int, original: Path, folder: Path
+) -> None:
+    def make_older(config: dict[str, Any]) -> None:
+        section = config["quantization_config"]
+        section["version"] = version
+        del section["encoding"], section["rest"], section["weights"]
+
+    edit_config(folder, make_older)
+    digest_of = config_digest(json.loads((folder / "config.json").read_text()), version)
 
     def change(_: Any, metadata: dict[str, Any]) -> None:
         record = json.loads(metadata[METADATA_KEY])
-        metadata[METADATA_KEY] = json.dumps(record | {"config": digest_of})
+        metadata[METADATA_KEY] = json.dumps({"tensors": record["tensors"], "config": digest_of})
 
     edit_tensors(folder, change)
-    want, got = (tutelage.load(where).state_dict() for where in (original, folder))
+    loaded = tutelage.load(folder)
+    want, got = tutelage.load(original).state_dict(), loaded.state_dict()
     assert want.keys() == got.keys()
     assert all(same_bits(got[name], tensor) for name, tensor in want.items())
+    loaded.save_pretrained(folder / "again")
+    section = json.loads((folder / "again" / "config.json").read_text())["quantization_config"]
+    assert section["version"] == 3
+    tutelage.load(folder / "again")
+    edit_config(folder, lambda config: config.update(hidden_act="relu"))
+    with pytest.raises(ArtefactError, match="is not the one that"):
+        tutelage.load(folder)
 
 
 class TestConfig:
@@ -214,7 +230,7 @@ class TestConfig:
             pytest.param(_requantize, "is not the one that", id="other-quantizer"),
             pytest.param(_coarsen, "is not the one that", id="other-bits"),
             pytest.param(_forget, "is not the one that", id="module-removed"),
-            pytest.param(_later, r"version 3 of.*save the model again", id="later-version"),
+            pytest.param(_later, r"version 4 of.*save the model again", id="later-version"),
             pytest.param(_unquantize, "is no packed model", id="no-quantization-config"),
             pytest.param(_rename, "'BertForPoetry', which is no model", id="unknown-class"),
         ],
@@ -307,7 +323,14 @@ class TestDigest:
         assert len(digest(torch.zeros(shape))) == 16
 
     def test_of_a_config_ignores_the_order_of_keys(self) -> None:
-        assert config_digest({"a": 1, "b": {"c": 2, "d": 3}}) == config_digest(
-            {"b": {"d": 3, "c": 2}, "a": 1}
+        assert config_digest({"a": 1, "b": {"c": 2, "d": 3}}, 3) == config_digest(
+            {"b": {"d": 3, "c": 2}, "a": 1}, 3
         )
-        assert config_digest({"a": 1}) != config_digest({"a": 2})
+        assert config_digest({"a": 1}, 3) != config_digest({"a": 2}, 3)
+
+    def test_of_a_config_fixes_the_class_from_the_third_version_on(self) -> None:
+        one, other = {"architectures": ["A"]}, {"architectures": ["B"]}
+        assert config_digest(one, 2) == config_digest(other, 2)
+        assert config_digest(one, 3) != config_digest(other, 3)
+        labels = {"id2label": {"0": "a"}}
+        assert config_digest(labels, 3) == config_digest({}, 3)

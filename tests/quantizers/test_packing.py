@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 
 from tutelage.quantizers import (
     BINARY,
+    ENCODINGS,
     FOUR_LEVEL,
     TERNARY,
     Grid,
+    are_codes,
     pack,
     packed_width,
+    recode,
     signed,
     unpack,
     unsigned,
@@ -107,3 +111,92 @@ def test_refuses_more_than_four_levels(grid: Grid) -> None:
 def test_no_rows(grid: Grid) -> None:
     packed = pack(torch.zeros(0, 5), grid)
     assert packed.shape == (0, packed_width(5, grid))
+
+
+def digits_by_hand(codes: list[list[float]]) -> list[list[int]]:
+    """The first ternary code of a row is the lowest digit of its first byte."""
+    rows = []
+    for row in codes:
+        packed = []
+        for start in range(0, len(row), 5):
+            value = 0
+            for code in reversed(row[start : start + 5]):
+                value = 3 * value + int(code) + 1
+            packed.append(value)
+        rows.append(packed)
+    return rows
+
+
+@given(rows=st.integers(1, 5), width=st.integers(0, 40), seed=st.integers(0, 1000))
+def test_base_3_layout_and_round_trip(rows: int, width: int, seed: int) -> None:
+    codes = random_codes(rows, width, TERNARY, seed)
+    packed = pack(codes, TERNARY, "base3")
+    assert packed.shape == (rows, packed_width(width, TERNARY, "base3"))
+    assert packed.tolist() == digits_by_hand(codes.tolist())
+    assert are_codes(packed, width, TERNARY, "base3")
+    assert torch.equal(unpack(packed, width, TERNARY, "base3").float(), codes)
+
+
+def test_base_3_takes_five_codes_a_byte() -> None:
+    assert [packed_width(w, TERNARY, "base3") for w in (1, 5, 6, 768, 3072)] == [1, 1, 2, 154, 615]
+    assert pack(torch.ones(1, 5), TERNARY, "base3").tolist() == [[242]]
+    assert pack(torch.tensor([[1.0, -1, -1, -1, -1]]), TERNARY, "base3").tolist() == [[2]]
+
+
+@pytest.mark.parametrize("grid", [BINARY, FOUR_LEVEL], ids=["binary", "four-level"])
+def test_grids_that_fill_their_bits_are_stored_alike(grid: Grid) -> None:
+    codes = random_codes(3, 13, grid)
+    packed = pack(codes, grid, "base3")
+    assert torch.equal(packed, pack(codes, grid))
+    assert torch.equal(unpack(packed, 13, grid, "base3").float(), codes)
+
+
+@GRIDS
+@given(rows=st.integers(1, 7), width=st.integers(0, 40), seed=st.integers(0, 1000))
+def test_recoded_bytes_are_those_of_the_other_encoding(
+    grid: Grid, rows: int, width: int, seed: int
+) -> None:
+    codes = random_codes(rows, width, grid, seed)
+    for before in ENCODINGS:
+        for after in ENCODINGS:
+            made = recode(pack(codes, grid, before), width, grid, before, after)
+            assert torch.equal(made, pack(codes, grid, after))
+
+
+def test_recoding_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tutelage.quantizers._packing._CHUNK", 20)
+    codes = random_codes(11, 7, TERNARY)
+    made = recode(pack(codes, TERNARY), 7, TERNARY, "bits", "base3")
+    assert torch.equal(made, pack(codes, TERNARY, "base3"))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("grid", [BINARY, TERNARY, FOUR_LEVEL], ids=["b", "t", "f"])
+@pytest.mark.parametrize("width", [1, 3, 5, 9])
+def test_only_bytes_that_pack_makes_are_codes(grid: Grid, encoding: Any, width: int) -> None:
+    """Every value of the last byte, against packing what it unpacks to."""
+    size = packed_width(width, grid, encoding)
+    accepted = 0
+    for value in range(256):
+        packed = torch.zeros(2, size, dtype=torch.uint8)
+        packed[1, -1] = value
+        index = (unpack(packed, width, grid, encoding) - grid.lo) // grid.step
+        again = pack(index.clamp(max=grid.levels - 1) * grid.step + grid.lo, grid, encoding)
+        found = are_codes(packed, width, grid, encoding)
+        assert found == torch.equal(again, packed)
+        accepted += found
+    per_byte = 5 if encoding == "base3" and grid is TERNARY else 8 // grid.bits
+    assert accepted == grid.levels ** (width - (size - 1) * per_byte)
+
+
+def test_bytes_that_are_no_codes_before_the_last() -> None:
+    for encoding, value in (("base3", 243), ("bits", 0b11), ("bits", 0b11000000)):
+        packed = torch.zeros(3, packed_width(20, TERNARY, encoding), dtype=torch.uint8)
+        assert are_codes(packed, 20, TERNARY, encoding)
+        packed[1, 0] = value
+        assert not are_codes(packed, 20, TERNARY, encoding)
+
+
+def test_an_unknown_encoding() -> None:
+    with pytest.raises(Exception, match="base7"):  # a ValueError where nobody checks annotations
+        packed_width(4, TERNARY, "base7")

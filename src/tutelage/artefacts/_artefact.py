@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from .._prepare import Prepared, prepared
 from ..errors import ArtefactError, UnsupportedModelError
+from ..quantizers import Encoding
 from ._card import model_card
 from ._files import staged_directory, staged_files, write_failures_as_os_error, write_text
-from ._huggingface import QUANT_METHOD, READABLE_VERSIONS, of_unknown_version, verify_files
+from ._huggingface import QUANT_METHOD, READABLE_VERSIONS, of_unknown_version, stored_as
+from ._reader import read_json
+from ._verify import verify_files
 
-__all__ = ["load", "processor_of", "save", "weight_bytes", "write_artefact"]
+__all__ = [
+    "load",
+    "packed_config",
+    "processor_of",
+    "save",
+    "weight_bytes",
+    "weight_files",
+    "write_artefact",
+]
 
 
 def save(
@@ -27,6 +37,8 @@ def save(
     processor: Any = None,
     metrics: dict[str, Any] | None = None,
     overwrite: bool = False,
+    encoding: Encoding = "bits",
+    rest: Literal["float32", "bfloat16"] = "float32",
 ) -> Path:
     """Writes a student as packed safetensors with its configuration, tokenizer and model card.
 
@@ -40,19 +52,24 @@ def save(
             that the model was loaded from, where they are a local folder.
         metrics: Figures for the model card, by name.
         overwrite: Replace a folder that is not empty.
+        encoding: ``"bits"`` stores a ternary weight in 2 bits, ``"base3"`` five of them in a
+            byte, which is 1.6 bits; what loads is the same either way.
+        rest: Dtype in which embeddings, norms, biases and heads that are not quantized are
+            stored. With ``"bfloat16"`` the model that loads has them rounded; scales stay float32.
 
     Returns:
         The folder.
 
     Raises:
         UnsupportedModelError: The model was not prepared, or is spread over processes.
+        SchemeError: There is no such encoding or dtype, or no ternary weight for base 3.
         OutputExistsError: The folder is not empty.
         ArtefactError: Writing failed; nothing is left behind.
     """
     path = Path(path)
     _require_prepared(student)
     with staged_directory(path, overwrite=overwrite) as stage:
-        _write(student, stage, processor, metrics or {})
+        _write(student, stage, processor, metrics or {}, encoding, rest)
     return path
 
 
@@ -98,16 +115,24 @@ def _refuse_sharded(student: nn.Module) -> None:
             )
 
 
-def _write(student: nn.Module, stage: Path, processor: Any, metrics: Mapping[str, Any]) -> None:
+def _write(
+    student: nn.Module,
+    stage: Path,
+    processor: Any,
+    metrics: Mapping[str, Any],
+    encoding: Encoding = "bits",
+    rest: Literal["float32", "bfloat16"] = "float32",
+) -> None:
     model = cast("Any", student)
-    with write_failures_as_os_error():
+    with stored_as(model, encoding, rest), write_failures_as_os_error():
         model.save_pretrained(stage)
     processor = processor if processor is not None else processor_of(model)
     if processor is not None:
         processor.save_pretrained(stage)
     else:
         _copy_image_processor(model, stage)
-    write_text(stage / "README.md", model_card(student, _require_prepared(student), metrics))
+    card = model_card(student, _require_prepared(student), metrics, encoding, rest)
+    write_text(stage / "README.md", card)
 
 
 def processor_of(model: Any) -> Any:
@@ -153,7 +178,7 @@ def load(path: str | Path) -> nn.Module:
         ArtefactError: The folder is missing, incomplete, corrupt, edited, or holds something else.
     """
     path = Path(path)
-    config = _read_config(path)
+    config = packed_config(path)
     import transformers
 
     from ._huggingface import register
@@ -164,9 +189,14 @@ def load(path: str | Path) -> nn.Module:
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ArtefactError(f"{path} holds a {name!r}, which is no model of transformers.")
+    if (path / "adapter_config.json").exists():
+        raise ArtefactError(
+            f"{path} holds an adapter, which would be added to the packed model; remove "
+            "adapter_config.json."
+        )
     verify_files(weight_files(path))
     try:
-        model = cast("Any", cls).from_pretrained(path, local_files_only=True)
+        model = cast("Any", cls).from_pretrained(path, local_files_only=True, use_safetensors=True)
     except ArtefactError:
         raise
     except Exception as error:  # whatever an odd file makes transformers raise
@@ -198,16 +228,18 @@ def weight_bytes(path: str | Path) -> int:
     return sum(file.stat().st_size for file in weight_files(Path(path)))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def packed_config(path: Path) -> dict[str, Any]:
+    """Returns the content of ``config.json`` of a packed model.
+
+    Raises:
+        ArtefactError: It is missing, no JSON, or that of something else.
+    """
     file = path / "config.json"
     if not path.is_dir():
         raise ArtefactError(f"there is no folder {path}; name one written by tutelage.save.")
     if not file.is_file():
         raise ArtefactError(f"{path} holds no config.json; name a folder written by tutelage.save.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtefactError(f"{file} is no valid JSON ({error}).") from error
+    config = read_json(file)
     section = config.get("quantization_config") if isinstance(config, dict) else None
     method = section.get("quant_method") if isinstance(section, dict) else None
     if not isinstance(section, dict) or method != QUANT_METHOD:

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from .._prepare import Prepared
 from .._summary import summary
+from ..quantizers import Encoding
 
 __all__ = ["model_card"]
 
 
-def model_card(student: nn.Module, state: Prepared, metrics: Mapping[str, Any]) -> str:
+def model_card(
+    student: nn.Module,
+    state: Prepared,
+    metrics: Mapping[str, Any],
+    encoding: Encoding = "bits",
+    rest: Literal["float32", "bfloat16"] = "float32",
+) -> str:
     """Returns the text of ``README.md``.
 
     Args:
         student: The student.
         state: What ``prepare`` left on it.
         metrics: Figures by name.
+        encoding: How its codes are stored.
+        rest: Dtype in which all that is not quantized is stored.
     """
-    total = summary(student)
+    total = summary(student, encoding, rest)
     lines = [
         "---",
         "library_name: transformers",

@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 from ..errors import ArtefactError
 from ..nn import kind_of, pack_module, use_attention
+from ..quantizers import Encoding
 from ..scheme import ModuleSpec
 
 __all__ = ["make_hollow", "not_stored", "refuse_other_tensors"]
 
 
-def make_hollow(model: Any, modules: Mapping[str, ModuleSpec]) -> None:
+def make_hollow(model: Any, modules: Mapping[str, ModuleSpec], encoding: Encoding = "bits") -> None:
     """Turns the modules of a map into packed ones with empty buffers, in place.
 
     Args:
         model: A full-precision model, on the meta device as a rule.
         modules: The resolved map of the model that was saved.
+        encoding: How the files hold codes.
 
     Raises:
         ArtefactError: The map does not fit the model.
@@ -32,7 +34,7 @@ def make_hollow(model: Any, modules: Mapping[str, ModuleSpec]) -> None:
             del model.all_tied_weights_keys[target]
     with use_attention(model, keep=True):
         for name, spec in sorted(specs.items(), key=lambda item: item[1].shared_with or ""):
-            _hollow(model, model.get_submodule(name), spec)
+            _hollow(model, model.get_submodule(name), spec, encoding)
 
 
 def _on_model(model: nn.Module, specs: Mapping[str, ModuleSpec]) -> dict[str, ModuleSpec]:
@@ -72,7 +74,7 @@ def _or_version(model: nn.Module) -> str:
     return f", or this transformers, {__version__}, names modules otherwise than {saved} did"
 
 
-def _hollow(model: nn.Module, module: nn.Module, spec: ModuleSpec) -> None:
+def _hollow(model: nn.Module, module: nn.Module, spec: ModuleSpec, encoding: Encoding) -> None:
     """Makes a module ready to receive packed tensors."""
     from .._prepare import attach_attention
 
@@ -88,6 +90,7 @@ def _hollow(model: nn.Module, module: nn.Module, spec: ModuleSpec) -> None:
     input = None if spec.input is None else spec.input.build()
     owner = None if spec.shared_with is None else model.get_submodule(spec.shared_with)
     made: Any = pack_module(module, spec.kind, quantizer, input, spec.arithmetic, owner)
+    made.make_room(encoding)
     if spec.kind != "embedding":
         # transformers draws what no file holds, for which some models (Funnel) look at the shape of
         # a Linear; an embedding may have a scale that is computed there.

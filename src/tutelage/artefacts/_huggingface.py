@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -19,12 +19,15 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import ArtefactError
-from ..nn import QuantWeight
-from ..scheme import ModuleSpec, Scheme
+from ..errors import ArtefactError, SchemeError
+from ..nn import PackedWeight, QuantWeight
+from ..quantizers import ENCODINGS, Encoding
+from ..scheme import WEIGHT_QUANTIZERS, ModuleSpec, Scheme
 from ._guard import guard, lift
 from ._hollow import make_hollow, not_stored, refuse_other_tensors
-from ._pack import METADATA_KEY, config_digest, digest, pack_state_dict
+from ._pack import REST_DTYPES, digest, known_storage, pack_state_dict, store_rest, weights_digest
+from ._reader import read_header
+from ._verify import metadata_of, verify_config, verify_files
 
 __all__ = [
     "FORMAT_VERSION",
@@ -34,16 +37,17 @@ __all__ = [
     "PackedQuantizer",
     "attach_quantizer",
     "of_unknown_version",
-    "verify_files",
+    "stored_as",
 ]
 
 QUANT_METHOD = "tutelage"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the packed format that is written.
 
 1: Linears and embeddings. 2: also ``Conv1D``, patch embeddings and weights that modules share.
+3: also base-3 bytes and a rest in bfloat16; the digests cover class, dtype and one another.
 """
-READABLE_VERSIONS = (1, 2)
+READABLE_VERSIONS = (1, 2, 3)
 """Versions of the packed format that can be read."""
 
 
@@ -53,7 +57,7 @@ def of_unknown_version(version: Any) -> str:
     Args:
         version: What its configuration names.
     """
-    known = " and ".join(map(str, READABLE_VERSIONS))
+    known = f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}"
     return (
         f"is stored in version {version} of the packed format, this library reads versions "
         f"{known}; install the tutelage that wrote it, or save the model again."
@@ -67,19 +71,30 @@ class PackedConfig(QuantizationConfigMixin):
         scheme: The scheme as plain data.
         modules: Qualified module name to spec, as plain data.
         version: Version of the format.
+        encoding: How codes became bytes, ``"bits"`` or ``"base3"``.
+        rest: Dtype in which all that is not quantized is stored, ``"float32"`` or ``"bfloat16"``.
+        weights: Digest of all tensors; ``None`` before version 3, and before the first save.
     """
+
+    encoding: Encoding
 
     def __init__(
         self,
         scheme: dict[str, Any],
         modules: dict[str, Any],
         version: int = FORMAT_VERSION,
+        encoding: Encoding = "bits",
+        rest: str = "float32",
+        weights: str | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = cast("Any", QUANT_METHOD)
         self.scheme = scheme
         self.modules = modules
         self.version = version
+        self.encoding = encoding
+        self.rest = rest
+        self.weights = weights
 
     def specs(self) -> dict[str, ModuleSpec]:
         """Returns the module map.
@@ -89,6 +104,11 @@ class PackedConfig(QuantizationConfigMixin):
         """
         if self.version not in READABLE_VERSIONS:
             raise ArtefactError(f"the model {of_unknown_version(self.version)}")
+        if self.encoding not in ENCODINGS or self.rest not in REST_DTYPES:
+            raise ArtefactError(
+                f"the model is stored as {self.encoding!r} and {self.rest!r}, which this library "
+                "does not know; install the tutelage that wrote it."
+            )
         return {name: ModuleSpec(**spec) for name, spec in self.modules.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,17 +137,39 @@ class PackedQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns what ``save_pretrained`` writes."""
         config = cast("PackedConfig", self.quantization_config)
+        config.version = FORMAT_VERSION
         specs = config.specs()
         if any(isinstance(m, QuantWeight) for m in model.modules()):
-            state = pack_state_dict(model, specs)
+            state = pack_state_dict(model, specs, config.encoding)
         else:
             state = dict(model.state_dict())
         for name in not_stored(model, state):
             del state[name]
+        store_rest(state, config.rest)
+        # save_pretrained sets these two after this call.
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
         digests = {name: digest(tensor) for name, tensor in state.items()}
+        config.weights = weights_digest(digests)
         written = json.loads(model.config.to_json_string())
-        record = {"tensors": digests, "config": config_digest(written)}
-        return state, {METADATA_KEY: json.dumps(record)}
+        return state, metadata_of(digests, written, FORMAT_VERSION)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Refuses an edited configuration and lifts the guard, before a model is built from it."""
+        folder = Path(str(getattr(config, "name_or_path", None) or ""))
+        if (folder / "config.json").is_file():
+            for file in sorted(folder.glob("model*.safetensors")):
+                verify_config(read_header(file))
+        lift(config)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """As ``update_attn_implementation``, which transformers 5.17 does not call."""
+        return self.update_attn_implementation(config)
+
+    def update_ep_plan(self, config: Any) -> Any:
+        """Leaves the configuration as it is."""
+        return config
 
     def update_dtype(self, dtype: Any) -> Any:
         """Packed models compute in float32."""
@@ -144,76 +186,53 @@ class PackedQuantizer(HfQuantizer):
         """
         return []
 
-    def update_attn_implementation(self, config: Any) -> Any:
-        """Lifts the guard: transformers asks here, before it reads the rest of ``config``."""
-        lift(config)
-        return config
-
-    def update_tp_plan(self, config: Any) -> Any:
-        """As ``update_attn_implementation``, which transformers up to 5.17 does not know."""
-        return self.update_attn_implementation(config)
-
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = cast("PackedConfig", self.quantization_config)
         modules = config.specs()
-        stored = verify_files([Path(str(f)) for f in kwargs.get("checkpoint_files") or ()])
-        make_hollow(model, modules)
+        files = [Path(str(file)) for file in kwargs.get("checkpoint_files") or ()]
+        stored = verify_files(files, config.weights)
+        make_hollow(model, modules, config.encoding)
         refuse_other_tensors(model, stored)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedWeight) and not module.holds_codes():
+                raise ArtefactError(
+                    f"the tensor '{name}.weight' holds bytes that are no codes; restore the file "
+                    "from a good copy."
+                )
         _keep_names(model)
         guard(model.config)
         return model
 
 
-def verify_files(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Compares packed files, and the ``config.json`` beside them, with the digests they carry.
+@contextlib.contextmanager
+def stored_as(model: Any, encoding: Encoding, rest: str) -> Iterator[None]:
+    """Makes ``save_pretrained`` of a student write in a way of its own, for a while.
 
     Args:
-        files: The safetensors files of one model.
-
-    Returns:
-        Name and shape of every tensor.
+        model: The student.
+        encoding: How codes become bytes.
+        rest: Dtype of all that is not quantized.
 
     Raises:
-        ArtefactError: A file is truncated, edited or incomplete.
+        SchemeError: There is no such way, or no weight for which it would make a difference.
     """
-    seen: dict[str, tuple[int, ...]] = {}
-    expected: dict[str, str] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as handle:
-                record = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
-                if record is None:
-                    raise ArtefactError(f"{file} carries no digests; save the model again.")
-                config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
-                if record["config"] != config_digest(config):
-                    raise ArtefactError(
-                        f"{file.parent / 'config.json'} is not the one that {file.name} was saved "
-                        "with; restore both files from one save."
-                    )
-                expected = dict(record["tensors"])
-                for name in list(handle.keys()):
-                    tensor = handle.get_tensor(name)
-                    if digest(tensor) != expected.get(name):
-                        raise ArtefactError(
-                            f"the tensor {name!r} in {file} was changed after it was saved; "
-                            "restore the file from a good copy."
-                        )
-                    seen[name] = tuple(tensor.shape)
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            if isinstance(error, ArtefactError):
-                raise
-            raise ArtefactError(
-                f"{file} is truncated or corrupt ({error}); restore it from a good copy."
-            ) from error
-    missing = sorted(set(expected) - set(seen))
-    if missing:
-        raise ArtefactError(
-            f"the tensor {missing[0]!r} is missing from the files; restore them from a good copy."
+    known_storage(encoding, rest)
+    config = cast("PackedConfig", model.hf_quantizer.quantization_config)
+    weights = [spec.weight for spec in config.specs().values() if spec.weight is not None]
+    if encoding == "base3" and all(WEIGHT_QUANTIZERS[w.kind].grid.levels != 3 for w in weights):
+        raise SchemeError(
+            f"{type(model).__name__} has no ternary weight that base 3 would make smaller; leave "
+            "out encoding."
         )
-    return seen
+    before = config.encoding, config.rest
+    config.encoding, config.rest = encoding, rest
+    try:
+        yield
+    finally:
+        config.encoding, config.rest = before
 
 
 def _keep_names(model: Any) -> None:

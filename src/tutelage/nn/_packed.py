@@ -13,10 +13,13 @@ from ..errors import ArtefactError
 from ..kernels import active, fits, packed_linear, resident_codes, to_panels
 from ..quantizers import (
     BaseQuantizer,
+    Encoding,
     Grid,
     Quantized,
     UniformQuantizer,
+    are_codes,
     packed_width,
+    recode,
     unpack,
 )
 from ._conv2d import over_patches
@@ -38,11 +41,13 @@ class PackedWeight(nn.Module):
         grid: The codes that are possible.
         rows: Rows of the weight: output features or table entries.
         width: Codes in a row.
+        encoding: How codes became the bytes; asked of the owner.
     """
 
     grid: Grid
     rows: int
     width: int
+    encoding: Encoding
 
     @property
     def weight(self) -> Tensor:
@@ -74,15 +79,50 @@ class PackedWeight(nn.Module):
         return cast("PackedWeight", self.__dict__.get("_owner", self))
 
     def packed(self) -> tuple[UInt8[Tensor, "rows packed"], Float[Tensor, "scales 1"]]:
-        """Returns the bytes, a row of them for every row of codes, and the scales."""
+        """Returns bytes of whole bits a code, a row for every row of codes, and the scales.
+
+        Bytes that are held in base 3 are turned at the first call and kept.
+        """
         owner = self.owner
-        return owner._bytes().view(self.rows, -1), cast("Tensor", owner.weight_scale)
+        rows = self._byte_rows()
+        if owner.encoding != "bits":
+            kept = cast("Tensor | None", owner.__dict__.get("_recoded"))
+            if kept is None or kept.device != rows.device:
+                kept = recode(rows, self.width, self.grid, owner.encoding, "bits")
+                owner.__dict__["_recoded"] = kept
+            rows = kept
+        return rows, cast("Tensor", owner.weight_scale)
+
+    def make_room(self, encoding: Encoding) -> None:
+        """Makes room for bytes in another encoding.
+
+        Args:
+            encoding: That of the file which will be loaded.
+        """
+        if self.owner is self:
+            self.encoding = encoding
+            size = self.rows * packed_width(self.width, self.grid, encoding)
+            self._buffers["weight"] = self._bytes().new_empty(size)
+
+    def holds_codes(self) -> bool:
+        """Whether the bytes are some that packing makes; of shared ones the owner is asked."""
+        if self.owner is not self or self._bytes().is_meta:
+            return True
+        return are_codes(self._byte_rows(), self.width, self.grid, self.encoding)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.__dict__.pop("_recoded", None)
+
+    def _byte_rows(self) -> Tensor:
+        return self.owner._bytes().view(self.rows, -1)
 
     def _bytes(self) -> Tensor:
         return cast("Tensor", self._buffers["weight"])
 
     def _hold(self, quantizer: BaseQuantizer, shape: tuple[int, int], owner: Any) -> Self:
         self.grid, (self.rows, self.width) = quantizer.grid, shape
+        self.encoding = "bits"
         device = cast("Tensor", self._parameters["weight"]).device
         del self._parameters["weight"]
         if owner is not None:
@@ -185,16 +225,16 @@ class PackedLinear(PackedWeight):
 
         They are unpacked at the first call and kept.
         """
-        rows, _ = self.packed()
+        rows = self._byte_rows()
         if self._codes is None or self._codes.device != rows.device:
-            self._codes = resident_codes(unpack(rows, self.width, self.grid))
+            codes = unpack(rows, self.width, self.grid, self.owner.encoding)
+            self._codes = resident_codes(codes)
         return self._codes
 
     def panels(self) -> Tensor:
         """Returns the codes as compiled kernels read them, uint8; made once and kept."""
-        rows, _ = self.packed()
         if self._panels is None:
-            codes = unpack(rows, self.width, self.grid)
+            codes = unpack(self._byte_rows(), self.width, self.grid, self.owner.encoding)
             index = ((codes - self.grid.lo) // self.grid.step).to(torch.uint8)
             self._panels = to_panels(index, self.grid.bits)
         return self._panels
@@ -226,7 +266,7 @@ class PackedLinear(PackedWeight):
         Args:
             input: Shape (*batch, in_features).
         """
-        _, scale = self.packed()
+        scale = cast("Tensor", self.owner.weight_scale)
         levels = self.levels
         if levels is not None and input.device.type == "cpu" and active():
             return packed_linear(
@@ -326,8 +366,9 @@ class PackedEmbedding(PackedWeight):
         """
         # Unlike indexing, index_select refuses negative indices, as nn.Embedding does.
         index = input.reshape(-1)
-        rows, scale = self.packed()
-        codes = unpack(rows.index_select(0, index), self.width, self.grid).float()
+        rows, scale = self._byte_rows(), cast("Tensor", self.owner.weight_scale)
+        encoding = self.owner.encoding
+        codes = unpack(rows.index_select(0, index), self.width, self.grid, encoding).float()
         codes.mul_(scale.index_select(0, index) if len(scale) > 1 else scale)
         return codes.reshape(*input.shape, self.width)
 

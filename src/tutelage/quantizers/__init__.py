@@ -13,8 +13,12 @@ from ._grid import Grid as Grid
 from ._grid import Quantized as Quantized
 from ._grid import signed as signed
 from ._grid import unsigned as unsigned
+from ._packing import ENCODINGS as ENCODINGS
+from ._packing import Encoding as Encoding
+from ._packing import are_codes as are_codes
 from ._packing import pack as pack
 from ._packing import packed_width as packed_width
+from ._packing import recode as recode
 from ._packing import unpack as unpack
 from ._uniform import UniformQuantizer as UniformQuantizer
 from ._uniform import UnsignedQuantizer as UnsignedQuantizer
