@@ -57,7 +57,7 @@ class Graph:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's own, about its own
-                return torch.export.export(
+                program = torch.export.export(
                     self.module, example, dynamic_shapes={"inputs": shapes}, strict=False
                 )
         except Exception as error:  # whatever a model's code makes the tracer raise
@@ -65,6 +65,17 @@ class Graph:
                 f"{type(model).__name__} cannot be traced to a graph with open batch and length "
                 f"({_first_line(error)}); deploy it with tutelage.load."
             ) from error
+        _name_axes_of_extremes(program.graph)
+        return program
+
+
+def _name_axes_of_extremes(graph: torch.fx.Graph) -> None:
+    # torch's converter to ONNX knows no minimum over all axes.
+    whole = (torch.ops.aten.amin.default, torch.ops.aten.amax.default)
+    for node in graph.nodes:
+        if node.target in whole and len(node.args) == 1:
+            x = cast("torch.fx.Node", node.args[0])
+            node.args = (x, list(range(x.meta["val"].dim())))
 
 
 def _first_line(error: Exception) -> str:
