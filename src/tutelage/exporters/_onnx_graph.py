@@ -70,7 +70,7 @@ class _Builder:
         return name
 
     def stored(self, layer: QuantizedLayer) -> str:
-        """Returns the name of the 2-bit codes, (rows, width), shifted so that two bits hold them."""
+        """Returns the name of the codes, (rows, width), moved to where two bits hold them."""
         from onnx import TensorProto
 
         name = f"{owner_of(layer)}.codes"
@@ -91,9 +91,7 @@ class _Builder:
         if layer.grid.step == 1 or layer.grid.lo == -1:
             return self.node("Cast", [self.stored(layer)], output, to=dtype)
         # Four levels -3, -1, 1, 3 are stored as -2, -1, 0, 1.
-        wide = self.node(
-            "Cast", [self.stored(layer)], f"{owner}.codes_wide", to=TensorProto.INT32
-        )
+        wide = self.node("Cast", [self.stored(layer)], f"{owner}.codes_wide", to=TensorProto.INT32)
         step = self.constant("tutelage.two", np.int32(layer.grid.step))
         one = self.constant("tutelage.one", np.int32(layer.grid.lo + 2 * layer.grid.step))
         wide = self.node("Mul", [wide, step], f"{owner}.codes_scaled")

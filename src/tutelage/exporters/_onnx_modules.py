@@ -29,12 +29,19 @@ def owner_of(layer: QuantizedLayer) -> str:
 def _operator(name: str, x: Tensor, layer: str, columns: int) -> Tensor:
     shape = (*x.shape[: x.dim() - (name != "Lookup")], columns)
     return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}", (x,), attrs={"layer": layer}, dtype=torch.float32, shape=shape, version=1
+        f"{DOMAIN}::{name}",
+        (x,),
+        attrs={"layer": layer},
+        dtype=torch.float32,
+        shape=shape,
+        version=1,
     )
 
 
 class _Linear(nn.Module):
     """A product of codes, scaled as the student scales it."""
+
+    scale: Tensor
 
     def __init__(self, layer: QuantizedLayer, kernel: Kernel) -> None:
         super().__init__()

@@ -16,14 +16,14 @@ from ._layers import QuantizedLayer
 from ._openvino_check import COMPILE_PROPERTIES, executions
 from ._openvino_graph import compress, group_size, substitute
 from ._trace import Graph, graph_of, sample_inputs
-from ._verify import deviation, refuse_other_outputs, refuse_standing
+from ._verify import deviation, evaluating, refuse_other_outputs, refuse_standing
 
 __all__ = ["write"]
 
-_TOLERANCE = 0.15
+_TOLERANCE = 0.25
 """Largest relative deviation of the outputs from the student's.
 
-Single roundings fall on the other side where float sums differ in their last bit.
+Activations are rounded a little otherwise, and over many layers that adds up.
 """
 
 
@@ -78,16 +78,17 @@ def write(
         tags[tag] = layer
         return substitute(layer, plain, tag)
 
-    graph = graph_of(student, stand_in, attention=quantized_attention)
-    size = group_size(graph.layers)
-    model = _convert(graph, student)
-    compress(model, tags)
-    model.validate_nodes_and_infer_types()
-    model.set_rt_info(str(size), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
-    labels = getattr(cast("Any", student).config, "id2label", None)
-    if labels:
-        model.set_rt_info(json.dumps(labels), ["model_info", "id2label"])
-    _store(student, graph, model, path, weights, "int8" if size else "float32")
+    with evaluating(student):
+        graph = graph_of(student, stand_in, attention=quantized_attention, fused=True)
+        size = group_size(graph.layers)
+        model = _convert(graph, student)
+        compress(model, tags)
+        model.validate_nodes_and_infer_types()
+        model.set_rt_info(str(size), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        labels = getattr(cast("Any", student).config, "id2label", None)
+        if labels:
+            model.set_rt_info(json.dumps(labels), ["model_info", "id2label"])
+        _store(student, graph, model, path, weights, "int8" if size else "float32")
     return path
 
 
@@ -136,7 +137,7 @@ def _check(student: nn.Module, graph: Graph, file: Path, wanted: str) -> None:
         made = compiled(dict(inputs))
         return [made[name] for name in graph.outputs]
 
-    found = deviation(student, graph.inputs, graph.outputs, run)
+    found = deviation(student, graph, run)
     refuse_other_outputs(found, _TOLERANCE, "OpenVINO")
 
 

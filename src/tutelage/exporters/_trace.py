@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from .._prepare import attach_attention
 from ..errors import ExportError, UnsupportedModelError
 from ..nn import use_attention
+from ._fused import fuse_attention
 from ._layers import QuantizedLayer, module_specs, quantized_layers, twin
 
-__all__ = ["Graph", "graph_of", "sample_inputs"]
+__all__ = ["Graph", "graph_of", "outputs_of", "sample_inputs"]
 
 Substitute = Callable[[QuantizedLayer, nn.Module], nn.Module]
 """From a quantized layer and the module of the twin to the module that is traced."""
@@ -87,22 +88,36 @@ class _ByPosition(nn.Module):
     def __init__(self, model: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.inputs, self.outputs = model, inputs, outputs
-        self.settings: dict[str, Any] = {"return_dict": True}
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            self.settings["use_cache"] = False
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        made = self.model(**dict(zip(self.inputs, inputs, strict=True)), **self.settings)
+        made = outputs_of(self.model, dict(zip(self.inputs, inputs, strict=True)))
         return tuple(made[name] for name in self.outputs)
 
 
-def graph_of(student: nn.Module, substitute: Substitute, *, attention: bool) -> Graph:
+def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """Runs a transformers model without a cache.
+
+    Args:
+        model: The model.
+        inputs: Its inputs.
+
+    Returns:
+        Its outputs by name.
+    """
+    cached = "use_cache" in inspect.signature(model.forward).parameters
+    return model(**inputs, return_dict=True, **({"use_cache": False} if cached else {}))
+
+
+def graph_of(
+    student: nn.Module, substitute: Substitute, *, attention: bool, fused: bool = False
+) -> Graph:
     """Makes the model that is traced; the student stays as it is.
 
     Args:
         student: A student or packed model, on the CPU.
         substitute: Called for every quantized layer; what it returns takes its place.
         attention: Quantize the products inside attention as the student does.
+        fused: Leave attention that is not quantized in one operator.
 
     Raises:
         ExportError: The model takes or returns something that has no place in a graph.
@@ -115,15 +130,18 @@ def graph_of(student: nn.Module, substitute: Substitute, *, attention: bool) -> 
             f"{type(student).__name__} has an encoder and a decoder, which is no single graph; "
             "deploy it with tutelage.load."
         )
-    layers = quantized_layers(student)
+    if any(tensor.device.type != "cpu" for tensor in student.parameters()):
+        raise ExportError(f"{type(student).__name__} is not on the CPU; export student.cpu().")
+    layers, specs = quantized_layers(student), module_specs(student)
+    quantized = {name: spec for name, spec in specs.items() if spec.kind == "attention"}
     model = twin(student)
     with use_attention(model, keep=True):
-        for name, spec in module_specs(student).items():
-            if spec.kind == "attention" and attention:
-                attach_attention(model.get_submodule(name), spec)
-        for name, layer in layers.items():
-            made = substitute(layer, model.get_submodule(name))
-            model.set_submodule(name, made)
+        for name in quantized if attention else ():
+            attach_attention(model.get_submodule(name), quantized[name])
+    if fused:
+        fuse_attention(model)
+    for name, layer in layers.items():
+        model.set_submodule(name, substitute(layer, model.get_submodule(name)))
     model.eval()
     outputs = _output_names(student, inputs)
     return Graph(_ByPosition(model, inputs, outputs), inputs, outputs, layers)
@@ -149,10 +167,9 @@ def _input_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _output_names(model: nn.Module, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    by_position = _ByPosition(model, inputs, ())
     try:
         with torch.no_grad():
-            made = model(**sample_inputs(model, inputs), **by_position.settings)
+            made = outputs_of(model, sample_inputs(model, inputs))
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model makes of inputs it does not take
@@ -173,7 +190,7 @@ def _output_names(model: nn.Module, inputs: tuple[str, ...]) -> tuple[str, ...]:
 def sample_inputs(
     model: nn.Module, names: tuple[str, ...], *, batch: int = 3, tokens: int = 11, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Makes inputs that vary over the batch, the second row padded at its end.
+    """Makes inputs whose second row is padded at its end, the third at its start.
 
     The global random state stays as it is.
 
@@ -203,6 +220,8 @@ def sample_inputs(
     mask = torch.ones(batch, tokens, dtype=torch.long)
     if batch > 1:
         mask[1, max(1, tokens // 2) :] = 0
+    if batch > 2:
+        mask[2, : tokens // 3] = 0
     ids = torch.randint(text.vocab_size, (batch, tokens), generator=made)
     pad = getattr(text, "pad_token_id", None)
     if pad is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import ExportError, OutputExistsError
-from ._trace import sample_inputs
+from ._trace import Graph, outputs_of, sample_inputs
 
-__all__ = ["Run", "deviation", "refuse_other_outputs", "refuse_standing"]
+__all__ = ["Run", "deviation", "evaluating", "refuse_other_outputs", "refuse_standing"]
 
 Run = Callable[[Mapping[str, Any]], list[Any]]
 """From numpy arrays by name to the outputs as numpy arrays."""
@@ -38,13 +39,28 @@ def refuse_standing(*paths: Path, overwrite: bool) -> None:
             )
 
 
-def deviation(reference: nn.Module, names: tuple[str, ...], outputs: tuple[str, ...], run: Run) -> float:
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode inside the context.
+
+    Args:
+        model: Any model; afterwards every module is in the mode it was in.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def deviation(reference: nn.Module, graph: Graph, run: Run) -> float:
     """Returns how far an engine is from a model, on synthesized inputs of three shapes.
 
     Args:
-        reference: A transformers model.
-        names: Its inputs.
-        outputs: Names of the outputs that are compared.
+        reference: A transformers model in eval mode.
+        graph: Says what goes in and comes out.
         run: The engine.
 
     Returns:
@@ -53,19 +69,17 @@ def deviation(reference: nn.Module, names: tuple[str, ...], outputs: tuple[str, 
     positions = getattr(cast("Any", reference).config, "max_position_embeddings", None) or 64
     worst = 0.0
     for seed, (batch, tokens) in enumerate(_SHAPES):
-        tokens = min(tokens, max(positions - 4, 1))
-        inputs = sample_inputs(reference, names, batch=batch, tokens=tokens, seed=seed)
-        settings = {"use_cache": False} if "use_cache" in reference.forward.__code__.co_varnames else {}
+        fitting = min(tokens, max(positions - 4, 1))  # some count positions from 2
+        inputs = sample_inputs(reference, graph.inputs, batch=batch, tokens=fitting, seed=seed)
         with torch.no_grad():
-            expected = reference(**inputs, **settings)
+            expected = outputs_of(reference, inputs)
         found = run({name: tensor.numpy() for name, tensor in inputs.items()})
-        for name, array in zip(outputs, found, strict=True):
-            wanted = expected[name].float().numpy()
+        for name, array in zip(graph.outputs, found, strict=True):
+            wanted = expected[name].double().numpy()
             if array.shape != wanted.shape or not np.isfinite(array).all():
                 return math.inf
-            size = math.sqrt(float(np.mean(wanted.astype(np.float64) ** 2)))
-            apart = math.sqrt(float(np.mean((array.astype(np.float64) - wanted) ** 2)))
-            worst = max(worst, apart / max(size, 1e-12))
+            apart = float(np.square(array - wanted).mean() / max(np.square(wanted).mean(), 1e-24))
+            worst = max(worst, math.sqrt(apart))
     return worst
 
 
