@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Int8
 from torch import Tensor
 
-from ..errors import ExportError
 from ._layers import QuantizedLayer
 from ._onnx_modules import DOMAIN, Kernel, owner_of
 
@@ -131,11 +130,6 @@ class _Builder:
 
     def n_bits(self, layer: QuantizedLayer, x: str, y: str) -> None:
         rows, width = layer.codes.shape
-        if layer.grid.lo != -1:
-            raise ExportError(
-                f"{layer.name!r} has four levels, whose zero point lies between two codes, and "
-                "MatMulNBits is slow with that; export with kernel='matmulinteger'."
-            )
         blocks = -(-width // _BLOCK)
         index = torch.full((rows, blocks * _BLOCK), 1, dtype=torch.uint8)
         index[:, :width] = (layer.codes + 1).to(torch.uint8)
@@ -186,9 +180,6 @@ def expand(model: Any, layers: Mapping[str, QuantizedLayer], kernel: Kernel) -> 
 
     Returns:
         The products of the quantized Linears.
-
-    Raises:
-        ExportError: A weight does not fit the kernel.
     """
     from onnx import helper
 

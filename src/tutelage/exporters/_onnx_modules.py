@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import ExportError
 from ..nn._conv2d import over_patches
 from ..nn._subclass import with_forward_of
 from ..quantizers import BaseQuantizer
@@ -51,6 +52,11 @@ class _Linear(nn.Module):
         object.__setattr__(self, "weight", torch.zeros(()))
         self.register_buffer("scale", layer.scale.reshape(-1))
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.clone())
+        if kernel == "matmulnbits" and layer.grid.lo != -1:
+            raise ExportError(
+                f"{layer.name!r} has four levels, whose zero point lies between two codes, and "
+                "MatMulNBits is slow with that; export with kernel='matmulinteger'."
+            )
         exact = layer.spec.input is not None and kernel == "matmulinteger"
         self.quantizer: BaseQuantizer | None = None
         if exact:
@@ -93,6 +99,9 @@ def substitute(layer: QuantizedLayer, plain: nn.Module, kernel: Kernel) -> nn.Mo
         layer: The quantized layer.
         plain: The full-precision module that stands there.
         kernel: How ONNX Runtime shall multiply.
+
+    Raises:
+        ExportError: The weight does not fit the kernel.
     """
     if layer.spec.kind == "conv2d":
         return _Conv2d(layer, kernel, cast("nn.Conv2d", plain))

@@ -115,6 +115,8 @@ def executions(
     found: dict[str, Arithmetic] = {}
     for index, node in enumerate(marked):
         x, y = made[2 * index], made[2 * index + 1]
+        if node.get_attributes()["transpose_a"]:
+            x = x.swapaxes(-1, -2)
         codes, scale = codes_of(node)
         name = node.get_friendly_name().removesuffix(MARK)
         found[name] = _arithmetic(x, y, codes.astype(np.float32), scale, size)
