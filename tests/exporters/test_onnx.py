@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tutelage
 from families import make_any_student, make_model
-from helpers import VOCAB, inputs_of, make_batch, make_student, tiny
+from helpers import VOCAB, inputs_of, make_batch, make_student, redraw, tiny
 from tutelage.errors import ExportError, OutputExistsError
 from tutelage.exporters import _onnx, _onnx_graph
 from tutelage.exporters._layers import quantized_layers
@@ -53,7 +54,7 @@ def expect_logits(student: Any, session: Any, batch: dict[str, Tensor], within: 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    student = make_student("bert").eval()
+    student = make_student("bert", layers=1).eval()
     path = tmp_path_factory.mktemp("onnx") / "deep" / "model.onnx"
     student.train()
     assert tutelage.export(student, path, format="onnx") == path
@@ -181,7 +182,10 @@ def test_other_schemes_are_exact_too(scheme: Scheme, tmp_path: Path) -> None:
 
 
 def test_a_tied_head_and_its_embedding_are_stored_once(tmp_path: Path) -> None:
-    student = make_any_student("gpt2").eval()
+    config = GPT2Config(vocab_size=VOCAB, n_positions=40, n_embd=32, n_layer=1, n_head=4)
+    model = GPT2LMHeadModel(config)
+    redraw(model)
+    student = tutelage.prepare(model, Scheme.preset("ternary-a8")).eval()
     path = tutelage.export(student, tmp_path / "model.onnx", format="onnx")
     stored = [t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.INT2]
     tables = [tensor.name for tensor in stored if tensor.dims[0] == VOCAB]

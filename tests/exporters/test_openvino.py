@@ -57,7 +57,7 @@ def expect_near(student: Any, model: Any, batch: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    student = make_student("bert", width=32, heads=4).train()
+    student = make_student("bert", layers=1, width=32, heads=4).train()
     path = tmp_path_factory.mktemp("openvino") / "deep" / "model.xml"
     assert tutelage.export(student, path, format="openvino") == path
     assert all(module.training for module in student.modules())
