@@ -7,7 +7,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ._parts import field
+from ._parts import field, float_code
 
 __all__ = ["gemm_kernel"]
 
@@ -56,6 +56,7 @@ def gemm_kernel(
     """
     FIELDS: tl.constexpr = 8 // BITS
     PARTS: tl.constexpr = TERMS if TERMS else 1
+    BF16: tl.constexpr = planes.dtype.element_ty == tl.bfloat16
     tile = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -67,9 +68,11 @@ def gemm_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    # Rows beyond the end read the first ones again; they are not stored.
-    rows = weight + (n % N).to(tl.int64)[:, None] * WIDTH + k[None, :]
-    columns = planes + (m % M).to(tl.int64)[None, :] * (PARTS * FIELDS * PLANE) + k[:, None]
+    # What is beyond the end reads the last row again and is not stored.
+    rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * WIDTH + k[None, :]
+    columns = (
+        planes + tl.minimum(m, M - 1).to(tl.int64)[None, :] * (PARTS * FIELDS * PLANE) + k[:, None]
+    )
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if TERMS else tl.int32)
     for start in range(0, WIDTH, BLOCK_K):
         if WIDTH % BLOCK_K == 0:
@@ -77,15 +80,14 @@ def gemm_kernel(
         else:
             byte = tl.load(rows, mask=(k < WIDTH - start)[None, :], other=0)
         for j in tl.static_range(FIELDS):
-            index = field(byte, j, BITS, INTERPRETED)
             if TERMS:
-                code = (index * STEP + LO).to(planes.dtype.element_ty)
+                code = float_code(byte, j, BITS, LO, STEP, BF16, INTERPRETED)
                 for term in tl.static_range(TERMS):
                     x = _plane_tile(columns + (term * FIELDS + j) * PLANE, k, start, PLANE, BLOCK_K)
-                    acc = tl.dot(code, x, acc)
+                    acc = tl.dot(code, x.to(code.dtype), acc)
             else:
                 x = _plane_tile(columns + j * PLANE, k, start, PLANE, BLOCK_K)
-                acc = tl.dot(index, x, acc, out_dtype=tl.int32)
+                acc = tl.dot(field(byte, j, BITS, INTERPRETED), x, acc, out_dtype=tl.int32)
         rows += BLOCK_K
         columns += BLOCK_K
 

@@ -71,7 +71,7 @@ def gemv_kernel(
     SPAN: tl.constexpr = 4 * FIELDS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w = tl.arange(0, BLOCK_W)
-    rows = weight + (n % N).to(tl.int64)[:, None] * WORDS + w[None, :]
+    rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * WORDS + w[None, :]
     word = tl.load(rows, mask=(w < WORDS)[None, :], other=0)  # under way during the scale
     token = x + w[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
 

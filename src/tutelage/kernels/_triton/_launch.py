@@ -9,78 +9,15 @@ import torch
 import triton
 from torch import Tensor
 
-from ._gemm import gemm_kernel
-from ._gemv import gemv_kernel
 from ._planes import quantize_kernel, spread_kernel
+from ._tiles import gemm, gemv
 
 __all__ = ["quantized", "weight_only"]
 
-_SHARED = 224 * 1024
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 # float32 multiplies and additions stay separate instructions, as in the reference.
 _EXACT: dict[str, Any] = {} if _INTERPRETED else {"enable_fp_fusion": False}
-
-_TILES = [
-    # tokens, outputs, bytes of weight, warps, stages
-    (8, 16, 256, 4, 4),
-    (8, 32, 128, 4, 5),
-    (8, 32, 256, 4, 4),
-    (8, 64, 64, 4, 5),
-    (16, 16, 128, 4, 5),
-    (16, 32, 128, 4, 4),
-    (16, 64, 64, 4, 5),
-    (32, 32, 128, 4, 4),
-    (32, 64, 64, 4, 4),
-    (64, 64, 32, 4, 4),
-    (64, 64, 128, 4, 3),
-    (64, 128, 64, 8, 4),
-    (128, 64, 64, 4, 3),
-    (128, 128, 32, 8, 4),
-    (128, 128, 64, 8, 3),
-    (256, 128, 32, 8, 4),
-    (256, 128, 64, 8, 3),
-]
-
-
-def _fitting(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """Keeps the tiles that suit the number of tokens and fit into shared memory."""
-    given = arguments | constants
-    bucket, terms = given["BUCKET"], given["TERMS"]
-    tallest = min(bucket, 256)
-    width = 8 // given["BITS"] * (2 * terms if terms else 1)
-
-    def fits(config: Any) -> bool:
-        block = config.kwargs
-        stage = block["BLOCK_K"] * (block["BLOCK_N"] + block["BLOCK_M"] * width)
-        inside = stage * (config.num_stages - 1) <= _SHARED
-        return inside and min(tallest // 2, 64) <= block["BLOCK_M"] <= tallest
-
-    return [config for config in configs if fits(config)]
-
-
-_gemm: Any = gemm_kernel
-_gemv: Any = gemv_kernel
-if not _INTERPRETED:
-    _gemm = triton.autotune(
-        [
-            triton.Config(
-                {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages
-            )
-            for m, n, k, warps, stages in _TILES
-        ],
-        key=["BUCKET", "N", "WIDTH", "BITS", "TERMS"],
-        prune_configs_by={"early_config_prune": _fitting},
-        cache_results=True,
-    )(gemm_kernel)
-    _gemv = triton.autotune(
-        [
-            triton.Config({"BLOCK_N": rows}, num_warps=warps, num_stages=1)
-            for rows, warps in ((8, 4), (8, 8), (16, 4), (16, 8), (32, 8))
-        ],
-        key=["N", "WORDS", "BITS"],
-        cache_results=True,
-    )(gemv_kernel)
 
 
 def quantized(
@@ -93,16 +30,20 @@ def quantized(
     lo: int,
     step: int,
     levels: int,
+    tuned: bool = True,
 ) -> Tensor:
-    """Quantizes tokens and multiplies them with packed weights; see ``triton_packed_linear``."""
+    """Quantizes tokens and multiplies them with packed weights; see ``triton_packed_linear``.
+
+    ``tuned=False`` takes block sizes without timing them.
+    """
 
     def run(tokens: Tensor, y: Tensor) -> None:
         epilogue = _epilogue(weight_scale, bias, bits, lo, step)
         if len(tokens) == 1 and _in_words(packed, width, bits):
-            _one_token(tokens, packed, weight_scale, bias, y, levels, epilogue)
+            _one_token(tokens, packed, weight_scale, bias, y, levels, epilogue, tuned)
             return
         planes, scales, sums = _quantize(tokens, packed.shape[1], 8 // bits, levels)
-        _product(planes, scales, sums, packed, weight_scale, bias, y, 0, epilogue)
+        _product(planes, scales, sums, packed, weight_scale, bias, y, 0, epilogue, tuned)
 
     return _over_tokens(run, x, packed, bias, width)
 
@@ -123,7 +64,7 @@ def weight_only(
         terms = 3 if tokens.dtype == torch.float32 else 1
         planes = _spread(tokens, packed.shape[1], 8 // bits, terms)
         epilogue = _epilogue(weight_scale, bias, bits, lo, step)
-        _product(planes, y, y, packed, weight_scale, bias, y, terms, epilogue)
+        _product(planes, y, y, packed, weight_scale, bias, y, terms, epilogue, True)
 
     return _over_tokens(run, x, packed, bias, width)
 
@@ -174,12 +115,13 @@ def _one_token(
     y: Tensor,
     levels: int,
     epilogue: dict[str, Any],
+    tuned: bool,
 ) -> None:
     outputs, words = packed.shape[0], packed.shape[1] // 4
-    # One block of words is 4096 weights: 16 inputs a thread at 8 warps.
+    # At most 4096 weights a block: 16 inputs a thread at 8 warps.
     block = min(triton.next_power_of_2(words), 128 * epilogue["BITS"])
-    fixed = {"BLOCK_N": 16} if _INTERPRETED else {}
-    _gemv[lambda given: (triton.cdiv(outputs, given["BLOCK_N"]),)](
+    kernel, blocks = gemv(tuned)
+    kernel[lambda given: (triton.cdiv(outputs, given["BLOCK_N"]),)](
         token,
         packed.view(torch.int32),
         weight_scale,
@@ -190,7 +132,7 @@ def _one_token(
         LEVELS=levels,
         BLOCK_W=block,
         **epilogue,
-        **fixed,
+        **blocks,
         **_EXACT,
     )
 
@@ -250,16 +192,17 @@ def _product(
     y: Tensor,
     terms: int,
     epilogue: dict[str, Any],
+    tuned: bool,
 ) -> None:
     tokens, outputs = y.shape
     bucket = min(max(triton.next_power_of_2(tokens), 8), 4096)
-    fixed = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64} if _INTERPRETED else {}
+    kernel, blocks = gemm(tuned, bucket, epilogue["BITS"], terms)
 
     def grid(given: dict[str, Any]) -> tuple[int]:
         tiles = triton.cdiv(tokens, given["BLOCK_M"]) * triton.cdiv(outputs, given["BLOCK_N"])
         return (tiles,)
 
-    _gemm[grid](
+    kernel[grid](
         planes,
         scales,
         sums,
@@ -275,6 +218,6 @@ def _product(
         TERMS=terms,
         GROUP=8,
         **epilogue,
-        **fixed,
+        **blocks,
         **_EXACT,
     )

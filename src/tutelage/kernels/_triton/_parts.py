@@ -7,7 +7,15 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-__all__ = ["dot4", "field", "magnitude_bits", "round_to_codes", "token_scale", "word_field"]
+__all__ = [
+    "dot4",
+    "field",
+    "float_code",
+    "magnitude_bits",
+    "round_to_codes",
+    "token_scale",
+    "word_field",
+]
 
 
 @triton.jit
@@ -50,6 +58,57 @@ def field(byte, INDEX: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constex
         "=r,r",
         [byte],
         dtype=tl.int8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+@no_type_check
+def float_code(
+    byte,
+    INDEX: tl.constexpr,
+    BITS: tl.constexpr,
+    LO: tl.constexpr,
+    STEP: tl.constexpr,
+    BF16: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Code of field ``INDEX`` of every byte, bfloat16 or float16 (float32 if interpreted)."""
+    if INTERPRETED:  # its products take bfloat16 for integers
+        return (field(byte, INDEX, BITS, True).to(tl.int32) * STEP + LO).to(tl.float32)
+    # A field becomes the low byte of 128 (1024 in float16) plus itself; that base goes exactly.
+    MASK: tl.constexpr = 0x01010101 * ((1 << BITS) - 1)
+    SHIFT: tl.constexpr = INDEX * BITS
+    NAME: tl.constexpr = "bf16x2" if BF16 else "f16x2"
+    BASE: tl.constexpr = 0x43434343 if BF16 else 0x64646464
+    ONE: tl.constexpr = 0x3F803F80 if BF16 else 0x3C003C00
+    MINUS_BASE: tl.constexpr = 0xC300C300 if BF16 else 0xE400E400
+    FACTOR: tl.constexpr = 0x40004000 if STEP == 2 else ONE
+    MINUS_ONE: tl.constexpr = ONE + 0x80008000
+    MINUS_THREE: tl.constexpr = 0xC040C040 if BF16 else 0xC200C200
+    OFFSET: tl.constexpr = MINUS_THREE if LO == -3 else MINUS_ONE
+    tl.static_assert(LO == -1 or LO == -3, "codes start at -1 or -3")
+    tl.static_assert(STEP == 1 or STEP == 2, "codes are 1 or 2 apart")
+    return tl.inline_asm_elementwise(
+        f"""{{
+        .reg .b32 t, one, base, factor, offset;
+        mov.b32 one, {ONE};
+        mov.b32 base, {MINUS_BASE};
+        mov.b32 factor, {FACTOR};
+        mov.b32 offset, {OFFSET};
+        shr.b32 t, $2, {SHIFT};
+        and.b32 t, t, {MASK};
+        prmt.b32 $0, t, {BASE}, 0x4140;
+        prmt.b32 $1, t, {BASE}, 0x4342;
+        fma.rn.{NAME} $0, $0, one, base;
+        fma.rn.{NAME} $1, $1, one, base;
+        fma.rn.{NAME} $0, $0, factor, offset;
+        fma.rn.{NAME} $1, $1, factor, offset;
+        }}""",
+        "=&r,=&r,r",
+        [byte],
+        dtype=tl.bfloat16 if BF16 else tl.float16,
         is_pure=True,
         pack=4,
     )

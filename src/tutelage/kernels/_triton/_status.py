@@ -58,6 +58,8 @@ def _outside_reason(device: torch.device) -> str:
         return "TUTELAGE_TRITON=0 switches the kernels off"
     if device.type != "cuda":
         return f"the kernels need a CUDA device, and this one is {device.type!r}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if not _INSTALLED:
         return "triton is not installed; pip install triton"
     if torch.version.hip is not None:
@@ -66,7 +68,8 @@ def _outside_reason(device: torch.device) -> str:
 
 
 def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+    index: int | None = device.index  # torch's stubs forget None
+    return torch.cuda.current_device() if index is None else index
 
 
 def _reason(device: torch.device) -> str:
@@ -103,7 +106,9 @@ def _check(device: torch.device) -> str:
     packed = (index << shifts).sum(-1, dtype=torch.uint8)
     codes = index.reshape(rows, width).double() - 1
     scale = torch.full((1, 1), 0.5, device=device)
-    run = functools.partial(_launch.quantized, width=width, bits=2, lo=-1, step=1, levels=127)
+    run = functools.partial(
+        _launch.quantized, width=width, bits=2, lo=-1, step=1, levels=127, tuned=False
+    )
     for tokens in (1, 5):
         x = (place[: tokens * width] * 37 % 255 - 127).reshape(tokens, width)
         x[:, 0] = 127  # the scale of every token is 1
