@@ -106,7 +106,7 @@ def packed_linear_cuda(
         ``triton_status``), an input quantizer other than a plain one per token, sums that could
         pass 2^24, or a gradient that is asked for.
     """
-    if x.device.type != "cuda" or not _suits(x, packed, width, grid) or not serves(x.device):
+    if not serves(x.device) or not _suits(x, packed, width, grid):
         return None
     if quantizer is None:
         if torch.is_grad_enabled() and x.requires_grad:

@@ -41,7 +41,8 @@ def round_to_codes(x, scale):
     """round(x / scale) as int32, ties to even; ``scale`` has the shape of ``x``."""
     # Where one unit in the last place is 1, float32's own rounding is the one asked for.
     lifted = tl.div_rn(x, scale) + 12582912.0
-    return lifted.to(tl.int32, bitcast=True) - 0x4B400000
+    low = lifted.to(tl.int32, bitcast=True) & 0xFF  # 8 bits also of what is not finite
+    return (low ^ 0x80) - 0x80
 
 
 @triton.jit

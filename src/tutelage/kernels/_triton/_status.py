@@ -48,7 +48,7 @@ def serves(device: torch.device) -> bool:
     if _outside_reason(device):
         return False
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        # Nothing can be tried while a graph is recorded.
+        # Nothing can be tried while a graph is recorded: taken to serve unless known better.
         return not _REASONS.get(_index(device), "")
     return not _reason(device)
 
