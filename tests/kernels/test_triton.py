@@ -47,8 +47,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GRIDS = pytest.mark.parametrize(
     "grid", [TERNARY, FOUR_LEVEL, BINARY], ids=["ternary", "four-level", "binary"]
 )
-# (inputs, outputs): single ones, tails of bytes, words and tiles, whole tiles
-SHAPES = [(1, 1), (3, 5), (16, 33), (33, 16), (96, 17), (130, 40), (256, 40), (1100, 9)]
+# (inputs, outputs): single ones, tails of bytes, words and tiles, whole tiles, several blocks
+SHAPES = [(1, 1), (3, 5), (16, 33), (33, 16), (96, 17), (130, 40), (256, 40), (4128, 9)]
 
 
 def needs_triton(test: Any) -> Any:
@@ -439,9 +439,10 @@ class TestStatus:
         from tutelage.kernels._triton import _launch
 
         assert _status._check(torch.device(device)) == ""
-        right = _launch.quantized
-        monkeypatch.setattr(_launch, "quantized", lambda *a, **k: right(*a, **k) + 1)
-        assert _status._check(torch.device(device)) == "1 tokens"
+        for name, what in (("weight_only", "bfloat16"), ("quantized", "quantized")):
+            right = getattr(_launch, name)
+            monkeypatch.setattr(_launch, name, lambda *a, right=right, **k: right(*a, **k) + 1)
+            assert _status._check(torch.device(device)) == f"1 {what} tokens"
 
 
 @needs_triton

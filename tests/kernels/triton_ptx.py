@@ -71,6 +71,7 @@ def main() -> None:
             LEVELS=127,
             INTERPRETED=False,
             BLOCK_N=16,
+            ROUNDS=2,
             BLOCK_W=256,
         ),
         "quantize": ptx_of(

@@ -57,6 +57,7 @@ def weight_only(
     bits: int,
     lo: int,
     step: int,
+    tuned: bool = True,
 ) -> Tensor:
     """Multiplies float tokens with packed weights; see ``triton_weight_only_linear``."""
 
@@ -64,7 +65,7 @@ def weight_only(
         terms = 3 if tokens.dtype == torch.float32 else 1
         planes = _spread(tokens, packed.shape[1], 8 // bits, terms)
         epilogue = _epilogue(weight_scale, bias, bits, lo, step)
-        _product(planes, y, y, packed, weight_scale, bias, y, terms, epilogue, True)
+        _product(planes, y, y, packed, weight_scale, bias, y, terms, epilogue, tuned)
 
     return _over_tokens(run, x, packed, bias, width)
 
@@ -121,7 +122,11 @@ def _one_token(
     # At most 4096 weights a block: 16 inputs a thread at 8 warps.
     block = min(triton.next_power_of_2(words), 128 * epilogue["BITS"])
     kernel, blocks = gemv(tuned)
-    kernel[lambda given: (triton.cdiv(outputs, given["BLOCK_N"]),)](
+
+    def grid(given: dict[str, Any]) -> tuple[int]:
+        return (triton.cdiv(outputs, given["BLOCK_N"] * given["ROUNDS"]),)
+
+    kernel[grid](
         token,
         packed.view(torch.int32),
         weight_scale,

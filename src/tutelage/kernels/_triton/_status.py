@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def _tried(device: torch.device) -> str:
 
 
 def _check(device: torch.device) -> str:
-    """Runs each kernel of integers on a small product and compares it with float64."""
+    """Runs each kernel on a small product of integers and compares it with float64."""
     from . import _launch
 
     rows, width = 48, 160
@@ -106,13 +106,14 @@ def _check(device: torch.device) -> str:
     packed = (index << shifts).sum(-1, dtype=torch.uint8)
     codes = index.reshape(rows, width).double() - 1
     scale = torch.full((1, 1), 0.5, device=device)
-    run = functools.partial(
-        _launch.quantized, width=width, bits=2, lo=-1, step=1, levels=127, tuned=False
-    )
+    weight: dict[str, Any] = {"width": width, "bits": 2, "lo": -1, "step": 1, "tuned": False}
     for tokens in (1, 5):
         x = (place[: tokens * width] * 37 % 255 - 127).reshape(tokens, width)
         x[:, 0] = 127  # the scale of every token is 1
         expected: Tensor = (x.double() @ codes.t() * 0.5).float()
-        if not torch.equal(run(x.float(), packed, scale, None), expected):
-            return f"{tokens} tokens"
+        y = _launch.quantized(x.float(), packed, scale, None, levels=127, **weight)
+        if not torch.equal(y, expected):
+            return f"{tokens} quantized tokens"
+        if not torch.equal(_launch.weight_only(x.bfloat16(), packed, scale, None, **weight), y):
+            return f"{tokens} bfloat16 tokens"
     return ""

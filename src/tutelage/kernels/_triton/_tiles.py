@@ -40,8 +40,8 @@ _TILES: tuple[Tile, ...] = (
     (256, 128, 64, 8, 3),
     (256, 128, 32, 8, 3),
 )
-_ROWS = ((16, 8), (8, 4), (8, 8), (16, 4), (32, 8))
-"""Outputs and warps of a program for one token."""
+_ROWS = ((16, 1, 8), (8, 1, 8), (32, 1, 8), (16, 2, 8), (16, 4, 8), (32, 4, 8), (16, 2, 4))
+"""Outputs a round, rounds and warps of a program for one token."""
 
 
 def tiles(bucket: int, bits: int, terms: int, shared: int) -> list[Tile]:
@@ -90,11 +90,16 @@ def gemv(tuned: bool) -> tuple[Any, dict[str, Any]]:
         tuned: As in ``gemm``.
     """
     if _INTERPRETED:
-        return gemv_kernel, {"BLOCK_N": 16}
+        return gemv_kernel, {"BLOCK_N": 8, "ROUNDS": 2}
     if tuned and _tuning():
         return _tuned_gemv(), {}
-    rows, warps = _ROWS[0]
-    return gemv_kernel, {"BLOCK_N": rows, "num_warps": warps, "num_stages": 1}
+    rows, rounds, warps = _ROWS[0]
+    return gemv_kernel, {
+        "BLOCK_N": rows,
+        "ROUNDS": rounds,
+        "num_warps": warps,
+        "num_stages": 1,
+    }
 
 
 def _tuning() -> bool:
@@ -132,7 +137,10 @@ def _tuned_gemm() -> Any:
 @functools.cache
 def _tuned_gemv() -> Any:
     return triton.autotune(
-        [triton.Config({"BLOCK_N": n}, num_warps=warps, num_stages=1) for n, warps in _ROWS],
+        [
+            triton.Config({"BLOCK_N": n, "ROUNDS": rounds}, num_warps=warps, num_stages=1)
+            for n, rounds, warps in _ROWS
+        ],
         key=["N", "WORDS", "BITS"],
         cache_results=True,
     )(gemv_kernel)
