@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .kernels import active_path, cache_folder, native
+from .kernels import active_path, cache_folder, native, triton_status
 
 __all__ = ["Finding", "examine"]
 
@@ -55,6 +55,8 @@ def examine() -> list[Finding]:
     block = "available (tutelage.fuse)" if cpu.has_block else "not available"
     why = "" if cpu.has_block else "they need compiled kernels and AVX-512 VNNI"
     found.append(Finding("fused encoder blocks", block, why))
+    state, _, why = triton_status().partition(": ")
+    found.append(Finding("CUDA kernels", state, why))
     for name in _LIBRARIES:
         state = _version(name)
         why = "" if state != "not installed" else f"pip install {name}"

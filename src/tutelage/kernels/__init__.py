@@ -14,3 +14,7 @@ from ._native import native as native
 from ._native import packed_linear as packed_linear
 from ._native import panel_bytes as panel_bytes
 from ._native import to_panels as to_panels
+from ._triton import packed_linear_cuda as packed_linear_cuda
+from ._triton import triton_packed_linear as triton_packed_linear
+from ._triton import triton_status as triton_status
+from ._triton import triton_weight_only_linear as triton_weight_only_linear

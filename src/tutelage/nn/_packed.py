@@ -10,7 +10,14 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from ..errors import ArtefactError
-from ..kernels import active, fits, packed_linear, resident_codes, to_panels
+from ..kernels import (
+    active,
+    fits,
+    packed_linear,
+    packed_linear_cuda,
+    resident_codes,
+    to_panels,
+)
 from ..quantizers import (
     BaseQuantizer,
     Encoding,
@@ -279,11 +286,19 @@ class PackedLinear(PackedWeight):
                 self.grid,
                 levels,
             )
-        if self.input_quantizer is None:
+        quantizer = self.input_quantizer
+        if quantizer is not None and input.is_cuda:
+            rows, _ = self.packed()
+            y = packed_linear_cuda(
+                input, rows, scale, self.bias, self.width, self.grid, quantizer, self.arithmetic
+            )
+            if y is not None:
+                return y
+        if quantizer is None:
             values = self.codes().float() * scale
             return nn.functional.linear(input.to(values.dtype), values, self.bias)
         weight = Quantized(self.codes(), scale)
-        quantized = self.input_quantizer.quantize(input)
+        quantized = quantizer.quantize(input)
         return quantized_linear(quantized, weight, self.bias, self.arithmetic)
 
     def extra_repr(self) -> str:
