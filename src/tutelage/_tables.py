@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .bench import BenchResult, Speed
     from .train.evaluation import Evaluation
     from .train.run import RunResult
 
-__all__ = ["evaluation_table", "result_table"]
+__all__ = ["bench_table", "evaluation_table", "result_table"]
 
 
 def result_table(result: RunResult) -> Table:
@@ -65,3 +66,63 @@ def _shown(name: str, value: float) -> str:
 
     fraction = name not in METRICS or METRICS[name].fraction
     return f"{100 * value:.2f} %" if fraction else f"{value:,.4g}"
+
+
+def bench_table(found: BenchResult) -> Table:
+    """Returns the table of a measurement; reasons and versions stand below it.
+
+    Args:
+        found: The figures.
+    """
+    table = Table(
+        title=f"{found.model}, {found.threads} thread{'s' if found.threads > 1 else ''}, "
+        f"median of {found.rounds} rounds"
+    )
+    table.add_column("engine")
+    for label in found.cases:
+        table.add_column(f"{label}\nms, examples/s\nvs. best int8", justify="right")
+    if found.new_tokens:
+        table.add_column("tokens/s", justify="right")
+    for head in ("weights\nMiB", "RSS\nMiB", "load\ns", "disk\nMiB"):
+        table.add_column(head, justify="right")
+    notes = []
+    for row in found.engines:
+        if row.reason is not None:
+            notes.append(f"{row.name}: {row.reason}")
+            table.add_row(row.name, "no figure, see below", style="dim")
+            continue
+        generated = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.1f}"
+        table.add_row(
+            row.name,
+            *(_speed(row.speeds[label]) for label in found.cases),
+            *([generated] if found.new_tokens else []),
+            *(_mebibytes(number) for number in (row.weight_bytes, row.rss_bytes)),
+            f"{row.load_s:.2f}",
+            _mebibytes(row.disk_bytes),
+        )
+        notes.append(f"{row.name}: {row.title}; {row.compression}")
+    teacher = found.teacher or "a full-precision twin of the student (there is no teacher)"
+    versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
+    table.caption = "\n".join(
+        [
+            *notes,
+            f"others run {teacher}",
+            "vs. best int8: times faster than the fastest of torch-int8, onnx-int8 and "
+            "openvino-int8; quartiles over rounds",
+            versions,
+            f"{found.machine['processor']}, {found.machine['cores']} cores",
+        ]
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _speed(speed: Speed) -> str:
+    line = f"{speed.ms:,.2f}  {speed.examples_per_s:,.0f}/s"
+    if speed.ratio is None:
+        return line
+    return f"{line}\n{speed.ratio:.2f} ({speed.ratio_low:.2f}-{speed.ratio_high:.2f})"
+
+
+def _mebibytes(number: int | None) -> str:
+    return "" if number is None else f"{number / 2**20:,.1f}"

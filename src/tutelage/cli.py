@@ -199,6 +199,52 @@ def export(
 
 
 @app.command()
+def bench(
+    folder: _Folder,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 1,
+    engines: Annotated[
+        str | None, typer.Option(help="Some engines, separated by commas; default: all.")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="The full-precision model; default: DIR/teacher, else a twin."),
+    ] = None,
+    cases: Annotated[
+        str | None,
+        typer.Option(help="Batch x tokens, default 1x32,32x128; for images 1,32."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every engine.")] = 10,
+    new_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens that decoders generate; 0 for none.")
+    ] = 32,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write; default: DIR/bench.json.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Measure speed, memory and size of a saved student beside int8 engines."""
+    from ._tables import bench_table
+    from .bench import run_bench
+
+    console = _console()
+    found = run_bench(
+        folder,
+        teacher=teacher,
+        engines=engines,
+        threads=threads,
+        rounds=rounds,
+        cases=cases,
+        new_tokens=new_tokens,
+        report=(lambda line: None) if as_json else reporter(console),
+    )
+    found.write(output or folder / "bench.json")
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        console.print(bench_table(found))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the student.")] = None,
