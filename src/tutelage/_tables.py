@@ -78,27 +78,26 @@ def bench_table(found: BenchResult) -> Table:
         title=f"{found.model}, {found.threads} thread{'s' if found.threads > 1 else ''}, "
         f"median of {found.rounds} rounds"
     )
-    table.add_column("engine")
+    table.add_column("engine", no_wrap=True)
     for label in found.cases:
-        table.add_column(f"{label}\nms, examples/s\nvs. best int8", justify="right")
+        table.add_column(f"{label}: ms, /s\nvs. best int8", justify="right", no_wrap=True)
     if found.new_tokens:
         table.add_column("tokens/s", justify="right")
-    for head in ("weights\nMiB", "RSS\nMiB", "load\ns", "disk\nMiB"):
-        table.add_column(head, justify="right")
+    table.add_column("weights\nRSS, MiB", justify="right")
+    table.add_column("disk MiB\nload s", justify="right")
     notes = []
     for row in found.engines:
         if row.reason is not None:
             notes.append(f"{row.name}: {row.reason}")
-            table.add_row(row.name, "no figure, see below", style="dim")
+            table.add_row(row.name, "see below", style="dim")
             continue
         generated = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.1f}"
         table.add_row(
             row.name,
             *(_speed(row.speeds[label]) for label in found.cases),
             *([generated] if found.new_tokens else []),
-            *(_mebibytes(number) for number in (row.weight_bytes, row.rss_bytes)),
-            f"{row.load_s:.2f}",
-            _mebibytes(row.disk_bytes),
+            f"{_mebibytes(row.weight_bytes)}\n{_mebibytes(row.rss_bytes)}",
+            f"{_mebibytes(row.disk_bytes)}\n{row.load_s:.2f}",
         )
         notes.append(f"{row.name}: {row.title}; {row.compression}")
     teacher = found.teacher or "a full-precision twin of the student (there is no teacher)"

@@ -180,8 +180,10 @@ class OpenvinoRunner(Runner):
         """Returns the bytes of the constants in the compiled graph."""
         total = 0
         for node in self.compiled.get_runtime_model().get_ordered_ops():
+            if _info(node, "layerType") != "Const":
+                continue
             kind, shape = node.get_output_element_type(0), node.get_output_partial_shape(0)
-            if _info(node, "layerType") == "Const" and shape.is_static and not kind.is_dynamic():
+            if shape.is_static and not kind.is_dynamic():
                 bits = kind.bitwidth * int(np.prod([d.get_length() for d in shape]))
                 total += -(-bits // 8)
         return total
