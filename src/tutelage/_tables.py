@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from .bench import BenchResult, Speed
@@ -68,8 +70,8 @@ def _shown(name: str, value: float) -> str:
     return f"{100 * value:.2f} %" if fraction else f"{value:,.4g}"
 
 
-def bench_table(found: BenchResult) -> Table:
-    """Returns the table of a measurement; reasons and versions stand below it.
+def bench_table(found: BenchResult) -> Group:
+    """Returns the table of a measurement, with reasons and versions below it.
 
     Args:
         found: The figures.
@@ -102,18 +104,14 @@ def bench_table(found: BenchResult) -> Table:
         notes.append(f"{row.name}: {row.title}; {row.compression}")
     teacher = found.teacher or "a full-precision twin of the student (there is no teacher)"
     versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
-    table.caption = "\n".join(
-        [
-            *notes,
-            f"others run {teacher}",
-            "vs. best int8: times faster than the fastest of torch-int8, onnx-int8 and "
-            "openvino-int8; quartiles over rounds",
-            versions,
-            f"{found.machine['processor']}, {found.machine['cores']} cores",
-        ]
-    )
-    table.caption_justify = "left"
-    return table
+    notes += [
+        f"others run {teacher}",
+        "vs. best int8: times faster than the fastest of torch-int8, onnx-int8 and openvino-int8 "
+        "(quartiles over rounds)",
+        versions,
+        f"{found.machine['processor']}, {found.machine['cores']} cores",
+    ]
+    return Group(table, Text("\n".join(notes)))
 
 
 def _speed(speed: Speed) -> str:

@@ -112,9 +112,7 @@ def test_onnx_counts_integer_products(tmp_path: Path) -> None:
     assert 64 * 32 + 16 * 64 <= runner.weight_bytes() < 2 * (64 * 32 + 16 * 64)
     with pytest.raises(BenchError, match="2 products of 3"):
         OnnxRunner(made, 1, 3).check()
-    quantize_dynamic(
-        str(file), str(made), op_types_to_quantize=["MatMul"], nodes_to_exclude=[""]
-    )
+    quantize_dynamic(str(file), str(made), op_types_to_quantize=["MatMul"], nodes_to_exclude=[""])
     with pytest.raises(BenchError, match="in float32"):
         OnnxRunner(made, 1, 0).check()
 
@@ -144,6 +142,9 @@ def test_torch_engines_refuse_other_modules() -> None:
         torch.backends.quantized.engine = "x86"
         count = sum(isinstance(m, nn.Linear) for m in plain.modules())
         assert _DynamicInt8(made).check() == f"{count} dynamic int8 Linears, x86"
+        linears = [m for m in plain.modules() if isinstance(m, nn.Linear)]
+        saved = sum(3 * m.weight.numel() for m in linears)
+        assert _DynamicInt8(made).weight_bytes() == TorchRunner(plain).weight_bytes() - saved
         torch.backends.quantized.engine = "onednn"
         with pytest.raises(BenchError, match="'onednn', not x86"):
             _DynamicInt8(made).check()

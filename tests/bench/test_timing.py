@@ -67,7 +67,7 @@ def test_sizes_are_read_and_refused() -> None:
     for text in ("8", "1x", "0x8", "1x8,", "axb"):
         with pytest.raises(BenchError, match=r"write --cases 1x32,32x128"):
             parse_cases(text, model)
-    with pytest.raises(BenchError, match="1x41: .* has positions for 40 tokens"):
+    with pytest.raises(BenchError, match=r"1x41: .* has positions for 40 tokens"):
         parse_cases("1x41", model)
     image = make_model("vit")
     assert default_cases(image) == (Case(1), Case(32))
@@ -81,7 +81,9 @@ def test_inputs_have_the_size_and_the_sample_is_padded() -> None:
     made = make_inputs(model, Case(2, 9))
     assert {n: a.shape for n, a in made.items()} == dict.fromkeys(made, (2, 9))
     assert made["attention_mask"].all()
-    assert make_inputs(model, Case(2, 9), seed=1)["input_ids"].tolist() != made["input_ids"].tolist()
+    assert (
+        make_inputs(model, Case(2, 9), seed=1)["input_ids"].tolist() != made["input_ids"].tolist()
+    )
     padded = sample(model, (Case(1, 32),))
     assert padded["attention_mask"].sum(1).tolist() == [16, 8, 16, 16]
     assert make_inputs(make_model("vit"), Case(5))["pixel_values"].shape == (5, 3, 16, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,14 @@ class OpenvinoDefault(OpenvinoInt8):
     """The same, in the precision that the plug-in chooses: bfloat16 where the CPU has it."""
 
     name, title, int8 = "openvino-w8", "OpenVINO int8 weights, default precision", False
+
+    def convert(self, work: Workspace) -> None:
+        """Converts it, unless the engine before did."""
+        ready = work.folder(OpenvinoInt8.name)
+        if (ready / "note.json").is_file():
+            shutil.copytree(ready, work.folder(self.name), dirs_exist_ok=True)
+        else:
+            super().convert(work)
 
     def load(self, work: Workspace) -> Runner:
         """Compiles it."""

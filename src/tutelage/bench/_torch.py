@@ -64,12 +64,10 @@ class TorchRunner(Runner):
 
     def weight_bytes(self) -> int:
         """Returns the bytes of all tensors that modules hold, each storage counted once."""
-        found: dict[int, int] = {}
-        for module in self.model.modules():
-            for tensor in _held(module):
-                storage = tensor.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-        return sum(found.values())
+        # Kept alive together: what is unpacked for a look would else take the same address.
+        tensors = [tensor for module in self.model.modules() for tensor in _held(module)]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def linears(self) -> list[tuple[str, nn.Module]]:
         """Returns every module with a matrix that its input is multiplied with."""
