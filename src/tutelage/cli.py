@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._console import reporter
-from .errors import ArtefactError, DataError, TutelageError
+from .errors import ArtefactError, BenchError, DataError, TutelageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -226,6 +226,9 @@ def bench(
     from ._tables import bench_table
     from .bench import run_bench
 
+    file = output or folder / "bench.json"
+    if not file.parent.is_dir():
+        raise BenchError(f"there is no folder {file.parent} to write {file.name} into; make it.")
     console = _console()
     found = run_bench(
         folder,
@@ -237,11 +240,11 @@ def bench(
         new_tokens=new_tokens,
         report=(lambda line: None) if as_json else reporter(console),
     )
-    found.write(output or folder / "bench.json")
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
         console.print(bench_table(found))
+    found.write(file)
 
 
 @app.command()

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import tutelage
 from families import make_any_student
 from helpers import make_student, tiny
-from tutelage.bench import ENGINES, EngineFigures, Speed, _jobs, _run, run_bench
+from tutelage.bench import ENGINES, EngineFigures, Speed, _jobs, _run, _worker, run_bench
 from tutelage.bench._workspace import Plan, Workspace
 from tutelage.errors import ArtefactError, BenchError
 
@@ -165,13 +166,43 @@ def test_the_command_measures_in_processes_of_its_own(folder: Path, tmp_path: Pa
 
 
 def test_a_process_that_dies_is_a_reason(tmp_path: Path) -> None:
-    plan = Plan(str(tmp_path), None, ("student",), 1, 1)
-    work = Workspace.start(tmp_path, plan)
-    with pytest.raises(BenchError, match=r"config\.json"):
-        _run._process(work, "prepare")
-    (tmp_path / "plan.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="Expecting"):
-        _run._process(work, "prepare")
+    work = Workspace.start(tmp_path, Plan(str(tmp_path), None, ("student",), 1, 1))
+    assert _run._process(work, "residence", "nobody") == (
+        "its process ended with 1: KeyError: 'nobody'"
+    )
+
+
+def test_what_dies_while_converting_takes_those_after_it_along(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def process(work: Workspace, job: str, *names: str) -> str | None:
+        if job == "prepare":
+            _jobs.prepare(work)
+            work.put("convert", {"student": None, "fp32": "no"})
+            return "its process ended with -9: killed"
+        return "its process ended with 1: gone"
+
+    monkeypatch.setattr(_run, "_process", process)
+    result = run_bench(folder, engines=TORCH, rounds=1, cases="1x4")
+    assert {row.name: row.reason for row in result.engines} == {
+        "student": "its process ended with 1: gone",
+        "fp32": "no",
+        "bf16": "its process ended with -9: killed",
+        "torch-int8": "its process ended with -9: killed",
+    }
+
+
+def test_a_refusal_of_a_process_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Workspace.start(tmp_path, Plan(str(tmp_path), None, ("student",), 1, 1))
+    level = transformers.logging.get_verbosity()
+    try:
+        assert _worker.main(["prepare", str(tmp_path)]) == _worker.REFUSED
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+    assert "holds no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -66,16 +66,12 @@ def convert(work: Workspace) -> None:
     """Converts the models for every engine.
 
     Args:
-        work: Where things are; gets ``"convert"``, the reasons of those that failed by name.
+        work: Where things are; gets ``"convert"``: by name why it failed, ``None`` if it is ready.
     """
-    reasons: dict[str, str] = {}
+    ended: dict[str, str | None] = {}
     for name in work.plan.engines:
-        # Stored before as well: where the process dies, the one at work is told from the others.
-        work.put("convert", {**reasons, name: "its conversion ended the process"})
-        reason = _attempt(partial(_convert_one, ENGINES[name], work))
-        if reason is not None:
-            reasons[name] = reason
-        work.put("convert", reasons)
+        ended[name] = _attempt(partial(_convert_one, ENGINES[name], work))
+        work.put("convert", ended)
         gc.collect()
 
 

@@ -73,24 +73,23 @@ def run_bench(
         report("converting")
         ended = _process(work, "prepare")
         if work.get("model") is None:
-            raise BenchError(ended or "the models could not be prepared; see above.")
-        failed: dict[str, str] = dict(work.get("convert") or {})
-        if ended is not None:
-            for name in names[len(failed) :]:
-                failed.setdefault(name, ended)
+            raise BenchError(f"the models could not be prepared: {ended or 'no result'}.")
+        converted: dict[str, str | None] = work.get("convert") or {}
+        lost = ended or "its conversion left no result"
+        failed = {n: r for n in names if (r := converted.get(n, lost)) is not None}
         for name in names:
             if name not in failed:
                 report(f"loading {name}")
-                lost = _process(work, "residence", name)
-                found = work.get(f"residence-{name}") or {"reason": lost}
-                if found.get("reason"):
-                    failed[name] = found["reason"]
+                ended = _process(work, "residence", name)
+                found = work.get(f"residence-{name}") or {"reason": ended}
+                if "reason" in found:
+                    failed[name] = found["reason"] or "its process left no result"
         left = [name for name in names if name not in failed]
         if left:
             report(f"timing {', '.join(left)}")
-            lost = _process(work, "latency", *left)
+            ended = _process(work, "latency", *left)
             if work.get("latency") is None:
-                failed.update(dict.fromkeys(left, lost or "the timing ended without a result"))
+                failed.update(dict.fromkeys(left, ended or "the timing left no result"))
         return collect(work, failed)
 
 
