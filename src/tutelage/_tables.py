@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -78,7 +79,9 @@ def bench_table(found: BenchResult) -> Group:
     """
     table = Table(
         title=f"{found.model}, {found.threads} thread{'s' if found.threads > 1 else ''}, "
-        f"median of {found.rounds} rounds"
+        f"median of {found.rounds} rounds",
+        box=SIMPLE_HEAD,
+        padding=0,
     )
     table.add_column("engine", no_wrap=True)
     for label in found.cases:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from families import make_model
 from helpers import tiny
 from tutelage.bench import ENGINES
+from tutelage.bench._cases import Case, sample
 from tutelage.bench._onnx import OnnxRunner, onnx_products
 from tutelage.bench._openvino import OpenvinoRunner
 from tutelage.bench._torch import TorchRunner, _DynamicInt8, _Packed
@@ -128,6 +130,25 @@ def test_a_weight_behind_constant_nodes_is_found() -> None:
     ]
     graph = helper.make_graph(nodes, "g", [], [], [weight])
     assert onnx_products(graph) == ([], ["product"])
+
+
+def test_a_tied_head_is_quantized_too(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from tutelage.bench._workspace import Plan, Workspace
+
+    model: Any = make_model("llama-tied").eval()
+    model.save_pretrained(tmp_path / "teacher")
+    plan = Plan(str(tmp_path), str(tmp_path / "teacher"), ("onnx-int8",), 1, 1)
+    (tmp_path / "work").mkdir()
+    work = Workspace.start(tmp_path / "work", plan)
+    inputs = sample(model, (Case(1, 8),))
+    work.store_inputs("sample", inputs)
+    ENGINES["onnx-int8"].convert(work)
+    runner = ENGINES["onnx-int8"].load(work)
+    count = sum(isinstance(m, nn.Linear) for m in model.modules())
+    assert runner.check() == f"{count} integer products in the optimized graph"
+    exact = TorchRunner(model).output(inputs)
+    assert np.linalg.norm(runner.output(inputs) - exact) < 0.1 * np.linalg.norm(exact)
 
 
 def test_torch_engines_refuse_other_modules() -> None:

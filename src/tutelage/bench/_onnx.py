@@ -156,6 +156,7 @@ class OnnxInt8(Engine):
             except Exception as error:  # whatever the exporter meets
                 raise BenchError(f"torch.onnx cannot export it ({first_line(error)})") from error
             made.save(str(plain), external_data=large)
+            _untie(plain, large)
             quantize_dynamic(
                 str(plain),
                 str(work.folder(self.name) / "model.onnx"),
@@ -172,6 +173,37 @@ class OnnxInt8(Engine):
         """Starts a session."""
         file = work.folder(self.name) / "model.onnx"
         return OnnxRunner(file, work.plan.threads, work.noted(self.name)["expected"])
+
+
+def _untie(file: Path, large: bool) -> None:
+    """Gives a product whose weight is a transposed table a matrix of its own.
+
+    ``quantize_dynamic`` passes over a weight that is no initializer, as of a tied head.
+    """
+    import onnx
+
+    model = onnx.load(file)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    turned = {
+        node.output[0]: node
+        for node in model.graph.node
+        if node.op_type == "Transpose" and node.input[0] in tensors
+    }
+    wanted = {
+        node.input[1]
+        for node in model.graph.node
+        if node.op_type in _FLOAT and node.input[1] in turned
+    }
+    for name in sorted(wanted):
+        node = turned[name]
+        axes = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+        matrix = np.transpose(onnx.numpy_helper.to_array(tensors[node.input[0]]), axes)
+        model.graph.node.remove(node)
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(np.ascontiguousarray(matrix), name)
+        )
+    if wanted:
+        onnx.save(model, file, save_as_external_data=large)
 
 
 class _quiet_logging:  # noqa: N801
