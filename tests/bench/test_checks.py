@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from families import make_model
 from helpers import tiny
 from tutelage.bench import ENGINES
-from tutelage.bench._cases import Case, sample
-from tutelage.bench._onnx import OnnxRunner, onnx_products
+from tutelage.bench._onnx import OnnxRunner, _untie, onnx_products
 from tutelage.bench._openvino import OpenvinoRunner
 from tutelage.bench._torch import TorchRunner, _DynamicInt8, _Packed
 from tutelage.errors import BenchError
@@ -134,21 +132,35 @@ def test_a_weight_behind_constant_nodes_is_found() -> None:
 
 def test_a_tied_head_is_quantized_too(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    from tutelage.bench._workspace import Plan, Workspace
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    from onnxruntime.quantization import quantize_dynamic
 
-    model: Any = make_model("llama-tied").eval()
-    model.save_pretrained(tmp_path / "teacher")
-    plan = Plan(str(tmp_path), str(tmp_path / "teacher"), ("onnx-int8",), 1, 1)
-    (tmp_path / "work").mkdir()
-    work = Workspace.start(tmp_path / "work", plan)
-    inputs = sample(model, (Case(1, 8),))
-    work.store_inputs("sample", inputs)
-    ENGINES["onnx-int8"].convert(work)
-    runner = ENGINES["onnx-int8"].load(work)
-    count = sum(isinstance(m, nn.Linear) for m in model.modules())
-    assert runner.check() == f"{count} integer products in the optimized graph"
-    exact = TorchRunner(model).output(inputs)
-    assert np.linalg.norm(runner.output(inputs) - exact) < 0.1 * np.linalg.norm(exact)
+    table = np.random.default_rng(0).standard_normal((48, 32)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("Transpose", ["table"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "turned"], ["y"], name="head"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tied",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 48])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    file, made = tmp_path / "tied.onnx", tmp_path / "int8.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), file)
+    kinds = ["MatMul", "Gather"]
+    quantize_dynamic(str(file), str(made), op_types_to_quantize=kinds, per_channel=True)
+    with pytest.raises(BenchError, match="head in float32"):
+        OnnxRunner(made, 1, 1).check()
+    _untie(file, large=False)
+    quantize_dynamic(str(file), str(made), op_types_to_quantize=kinds, per_channel=True)
+    runner = OnnxRunner(made, 1, 1)
+    assert runner.check() == "1 integer products in the optimized graph"
+    exact = table[[3, 5]] @ table.T
+    assert np.abs(runner.output({"ids": np.array([3, 5])}) - exact).max() < 0.05 * exact.max()
 
 
 def test_torch_engines_refuse_other_modules() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import transformers
 import tutelage
 from families import make_any_student
 from helpers import make_student, tiny
+from tutelage import cli
 from tutelage.bench import ENGINES, EngineFigures, Speed, _jobs, _run, _worker, run_bench
 from tutelage.bench._workspace import Plan, Workspace
 from tutelage.errors import ArtefactError, BenchError
@@ -147,22 +146,34 @@ def test_wrong_outputs_and_failures_are_reasons(
     assert result.engines[0].speeds["1x4"].ratio is None
 
 
-def test_the_command_measures_in_processes_of_its_own(folder: Path, tmp_path: Path) -> None:
+def test_the_command_measures_in_processes_of_its_own(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "bench.json"
-    command = [sys.executable, "-m", "tutelage.cli", "bench"]
-    options = ["--rounds", "1", "--cases", "1x4"]
-    ended = subprocess.run(
-        [*command, str(folder), "--engines", "student", *options, "--output", str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "packed Linears" in ended.stdout
+    options = ["--engines", "student", "--rounds", "1", "--cases", "1x4", "--output", str(file)]
+    cli.app(["bench", str(folder), *options], standalone_mode=False)
+    assert "packed Linears" in capsys.readouterr().out
     found = json.loads(file.read_text(encoding="utf-8"))
     _is_schema(found)
     assert found["engines"][0]["rss_bytes"] > 0
     assert not list(folder.glob("bench.json"))
+
+
+def test_the_command_refuses_before_it_measures(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"no folder .*nowhere to write b\.json into"):
+        cli.app(
+            ["bench", str(folder), "--output", str(tmp_path / "nowhere" / "b.json")],
+            standalone_mode=False,
+        )
+
+
+def test_the_command_prints_json(
+    folder: Path, tmp_path: Path, here: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "b.json"
+    options = ["--engines", "student", "--rounds", "1", "--cases", "1x4", "--json"]
+    cli.app(["bench", str(folder), *options, "--output", str(file)], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_a_process_that_dies_is_a_reason(tmp_path: Path) -> None:
