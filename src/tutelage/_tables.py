@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ._doctor import Finding
     from ._size import SizeReport
+    from .bench import BenchResult, Speed
     from .train.evaluation import Evaluation
     from .train.run import RunResult
 
-__all__ = ["evaluation_table", "findings_table", "result_table", "size_table"]
+__all__ = ["bench_table", "evaluation_table", "findings_table", "result_table", "size_table"]
 
 
 def result_table(result: RunResult) -> Table:
@@ -107,3 +111,60 @@ def _shown(name: str, value: float) -> str:
 
     fraction = name not in METRICS or METRICS[name].fraction
     return f"{100 * value:.2f} %" if fraction else f"{value:,.4g}"
+
+
+def bench_table(found: BenchResult) -> Group:
+    """Returns the table of a measurement, with reasons and versions below it.
+
+    Args:
+        found: The figures.
+    """
+    table = Table(
+        title=f"{found.model}, {found.threads} thread{'s' if found.threads > 1 else ''}, "
+        f"median of {found.rounds} rounds",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("engine", no_wrap=True)
+    for label in found.cases:
+        table.add_column(f"{label}: ms, /s\nvs. best int8", justify="right", no_wrap=True)
+    if found.new_tokens:
+        table.add_column("tokens/s", justify="right")
+    table.add_column("weights\nRSS, MiB", justify="right")
+    table.add_column("disk MiB\nload s", justify="right")
+    notes = []
+    for row in found.engines:
+        if row.reason is not None:
+            notes.append(f"{row.name}: {row.reason}")
+            table.add_row(row.name, "see below", style="dim")
+            continue
+        generated = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.1f}"
+        table.add_row(
+            row.name,
+            *(_speed(row.speeds[label]) for label in found.cases),
+            *([generated] if found.new_tokens else []),
+            f"{_mebibytes(row.weight_bytes)}\n{_mebibytes(row.rss_bytes)}",
+            f"{_mebibytes(row.disk_bytes)}\n{row.load_s:.2f}",
+        )
+        notes.append(f"{row.name}: {row.title}; {row.compression}")
+    teacher = found.teacher or "a full-precision twin of the student (there is no teacher)"
+    versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
+    notes += [
+        f"others run {teacher}",
+        "vs. best int8: times faster than the fastest of torch-int8, onnx-int8 and openvino-int8 "
+        "(quartiles over rounds)",
+        versions,
+        f"{found.machine['processor']}, {found.machine['cores']} cores",
+    ]
+    return Group(table, Text("\n".join(notes)))
+
+
+def _speed(speed: Speed) -> str:
+    line = f"{speed.ms:,.2f}  {speed.examples_per_s:,.0f}/s"
+    if speed.ratio is None:
+        return line
+    return f"{line}\n{speed.ratio:.2f} ({speed.ratio_low:.2f}-{speed.ratio_high:.2f})"
+
+
+def _mebibytes(number: int | None) -> str:
+    return "" if number is None else f"{number / 2**20:,.1f}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._console import reporter
-from .errors import ArtefactError, DataError, TutelageError
+from .errors import ArtefactError, BenchError, DataError, TutelageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -246,6 +246,55 @@ def doctor(as_json: _Json = False) -> None:
     from ._tables import findings_table
 
     _console().print(findings_table(found))
+
+
+@app.command()
+def bench(
+    folder: _Folder,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 1,
+    engines: Annotated[
+        str | None, typer.Option(help="Some engines, separated by commas; default: all.")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="The full-precision model; default: DIR/teacher, else a twin."),
+    ] = None,
+    cases: Annotated[
+        str | None,
+        typer.Option(help="Batch x tokens, default 1x32,32x128; for images 1,32."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every engine.")] = 10,
+    new_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens that decoders generate; 0 for none.")
+    ] = 32,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write; default: DIR/bench.json.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Measure speed, memory and size of a saved student beside int8 engines."""
+    from ._tables import bench_table
+    from .bench import run_bench
+
+    file = output or folder / "bench.json"
+    if not file.parent.is_dir():
+        raise BenchError(f"there is no folder {file.parent} to write {file.name} into; make it.")
+    console = _console()
+    found = run_bench(
+        folder,
+        teacher=teacher,
+        engines=engines,
+        threads=threads,
+        rounds=rounds,
+        cases=cases,
+        new_tokens=new_tokens,
+        report=(lambda line: None) if as_json else reporter(console),
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        console.print(bench_table(found))
+    found.write(file)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArtefactError",
+    "BenchError",
     "CheckpointError",
     "DataError",
     "ExportError",
@@ -61,6 +62,10 @@ class ArtefactError(TutelageError, OSError):
 
 class ExportError(TutelageError, ValueError):
     """A student cannot be expressed in a format, or the format's library is missing."""
+
+
+class BenchError(TutelageError, RuntimeError):
+    """A figure cannot be measured, or would be the figure of something else."""
 
 
 class CheckpointError(TutelageError, RuntimeError):

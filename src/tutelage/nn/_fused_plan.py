@@ -110,7 +110,8 @@ def read_plan(block: nn.Module, layout: BlockLayout) -> BlockPlan:
     empty = torch.empty(0)
     for linear, of_linear in zip(packed, panels, strict=True):
         bias = linear.bias
-        tensors += [of_linear, linear.packed()[1], empty if bias is None else bias.detach()]
+        scale = cast("Tensor", linear.owner.weight_scale)
+        tensors += [of_linear, scale, empty if bias is None else bias.detach()]
         grid = linear.grid
         shapes += [linear.rows, linear.width, grid.bits, grid.step, grid.lo]
     for norm in cast("list[nn.LayerNorm]", norms):
