@@ -1,23 +1,29 @@
 """Speed of one quantized Linear beside packaged int8 and 2-bit engines, paired in one run.
 
     python benchmarks/layer_speed.py [--threads 1] [--shapes 384x384 ...] [--rows 1 8 ...]
-                                     [--rounds 9] [--output benchmarks/results/...]
+                                     [--rounds 9] [--without-amx]
+                                     [--output benchmarks/results/...]
 
 Weights are ternary, eight different layers in rotation, activations are quantized to 8 bits a
 token inside every engine. Every round times all engines in turn; a ratio is the median of the
 ratios round by round. Speed does not depend on the values. OpenVINO runs as it does by default on
 this processor (``auto``, bfloat16 where there is AMX) and in float32; that each of its layers ran
 compressed is asserted. The ceilings are measured on the same core in the same run.
+
+``--without-amx`` makes the kernel of Linux refuse this process the tiles of AMX, so that every
+engine, this library included, computes as on a processor that ends at AVX-512 VNNI.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import json
 import os
 import platform
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -41,14 +47,39 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.03, help="for one engine in one round")
+    parser.add_argument("--without-amx", action="store_true")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
 
-def ceilings() -> dict[str, float]:
+def refuse_amx() -> None:
+    """Makes every later request of this process for AMX fail."""
+    load, jump_if, answer = 0x20, 0x15, 0x06
+    allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
+    program = [
+        (load, 0, 0, 0),  # number of the system call
+        (jump_if, 0, 3, 158),  # arch_prctl
+        (load, 0, 0, 16),  # its first argument
+        (jump_if, 0, 1, 0x1023),  # ARCH_REQ_XCOMP_PERM
+        (answer, 0, 0, refuse),
+        (answer, 0, 0, allow),
+    ]
+    packed = b"".join(struct.pack("HBBI", *step) for step in program)
+    steps = ctypes.create_string_buffer(packed, len(packed))
+    header = struct.pack("HxxxxxxP", len(program), ctypes.addressof(steps))
+    libc = ctypes.CDLL(None, use_errno=True)
+    no_new_privileges, set_filter = 38, 22
+    if libc.prctl(no_new_privileges, 1, 0, 0, 0) or libc.prctl(set_filter, 2, header, 0, 0):
+        raise OSError(ctypes.get_errno(), "this system does not let a process filter its calls")
+    amx_tile_data = 18
+    assert libc.syscall(158, 0x1023, amx_tile_data), "AMX is still granted"
+
+
+def ceilings(names: list[str]) -> dict[str, float]:
     """Returns GOP/s of one core, by instruction set."""
     source = Path(__file__).parent / "native" / "ceiling.cpp"
     flags = {"vnni": [], "amx": ["-mamx-tile", "-mamx-int8"]}
+    flags = {name: flags[name] for name in names}
     found = {}
     with tempfile.TemporaryDirectory() as work:
         for name, more in flags.items():
@@ -159,15 +190,13 @@ def our_layer(codes: Any, scale: Any, isa: int) -> Call:
     return lambda x: packed_linear(x, panels, scales, None, rows, width, TERNARY, 127, isa=isa)
 
 
-def make_engines(rows: int, width: int, threads: int) -> dict[str, list[Call]]:
+def make_engines(rows: int, width: int, threads: int, paths: list[str]) -> dict[str, list[Call]]:
     """Returns eight layers of every engine, by name."""
     import numpy as np
-    import onnxruntime
 
     from tutelage.kernels import native
 
     draw = np.random.default_rng(0)
-    onnxruntime.set_global_thread_pool_sizes(threads, 1)
     weights = [
         (
             draw.integers(-1, 2, (rows, width)).astype(np.float32),
@@ -177,8 +206,9 @@ def make_engines(rows: int, width: int, threads: int) -> dict[str, list[Call]]:
     ]
     assert native().active, native().reason
     engines = {}
-    for index, name in enumerate(native().isas[:2]):
-        engines[f"tutelage {name}"] = [our_layer(*pair, index) for pair in weights]
+    for name in paths:
+        isa = native().isas.index(name)
+        engines[f"tutelage {name}"] = [our_layer(*pair, isa) for pair in weights]
     for kind in ("u2", "i8"):
         for precision in (None, "f32"):
             engines[f"openvino {kind} {precision or 'auto'}"] = [
@@ -259,14 +289,22 @@ def main() -> None:
         sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
     import warnings
 
+    if arguments.without_amx:
+        refuse_amx()
+    import onnxruntime
     import torch
 
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    from tutelage.kernels import native
+
+    warnings.filterwarnings("ignore")  # of torch, about the end of its quantized tensors
     torch.set_num_threads(arguments.threads)
-    top = ceilings()
+    onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
+    paths = [name for name in native().isas if name.startswith(("amx", "avx512"))]
+    top = ceilings(["vnni", "amx"] if any(name.startswith("amx") for name in paths) else ["vnni"])
     print(f"ceilings of a core, GOP/s: {', '.join(f'{k} {v:.0f}' for k, v in top.items())}")
     result: dict[str, Any] = {
         "threads": arguments.threads,
+        "without_amx": arguments.without_amx,
         "rounds": arguments.rounds,
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "os": platform.system()},
         "versions": {n: version(n) for n in ("torch", "openvino", "onnxruntime", "tutelage")},
@@ -276,7 +314,7 @@ def main() -> None:
     with torch.inference_mode():
         for shape in arguments.shapes:
             width, rows = map(int, shape.split("x"))
-            engines = make_engines(rows, width, arguments.threads)
+            engines = make_engines(rows, width, arguments.threads, paths)
             for count in arguments.rows:
                 times = time_rounds(engines, count, width, arguments)
                 row = summarize(shape, count, times, top, arguments.threads)
