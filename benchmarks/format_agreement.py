@@ -34,7 +34,7 @@ FORMATS: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "onnx, matmulnbits": ("onnx", {"kernel": "matmulnbits"}, "model.onnx"),
     "onnx, float attention": ("onnx", {"quantized_attention": False}, "model.onnx"),
     "openvino": ("openvino", {}, "model.xml"),
-    "gguf": ("gguf", {"type": "TQ2_0"}, "model.gguf"),
+    "gguf": ("gguf", {"encoding": "tq2_0"}, "model.gguf"),
 }
 """By name: format, options and file of ``tutelage.export``."""
 

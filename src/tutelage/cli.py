@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._console import reporter
-from .errors import ArtefactError, BenchError, DataError, TutelageError
+from .errors import ArtefactError, BenchError, DataError, ExportError, TutelageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -218,20 +218,44 @@ def size(
 @app.command()
 def export(
     folder: _Folder,
-    format: Annotated[str, typer.Option(help="openvino, onnx, compressed-tensors or gguf.")],
+    format: Annotated[
+        str, typer.Option(help="openvino, onnx, compressed-tensors, gguf or packed.")
+    ],
     output: Annotated[Path, typer.Option(help="File or folder to write.")],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Option of the format as NAME=VALUE, such as encoding=base3 (packed) or "
+            "kernel=matmulnbits (onnx); may be repeated."
+        ),
+    ] = None,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Write a saved student in the format of another engine."""
+    """Write a saved student in the format of another engine, or in another encoding."""
     _quiet()
     from .artefacts import load, processor_of
     from .exporters import export as write
 
     student = load(folder)
     written = write(
-        student, output, format=format, processor=processor_of(student), overwrite=overwrite
+        student,
+        output,
+        format=format,
+        processor=processor_of(student),
+        overwrite=overwrite,
+        **_options(option or []),
     )
     _console().print(f"the student is in {written}", soft_wrap=True)
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ExportError(f"the option {text!r} has no value; write --option NAME=VALUE.")
+        found[name.strip()] = {"true": True, "false": False}.get(value.strip(), value.strip())
+    return found
 
 
 @app.command()

@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import nn
 
+import tutelage
 from families import make_model
-from helpers import tiny
+from helpers import make_student, tiny
 from tutelage.bench import ENGINES
 from tutelage.bench._cases import Case, sample
 from tutelage.bench._onnx import OnnxRunner, onnx_products
 from tutelage.bench._openvino import OpenvinoRunner
 from tutelage.bench._torch import TorchRunner, _DynamicInt8, _Packed
+from tutelage.bench._workspace import Plan, Workspace
 from tutelage.errors import BenchError
+from tutelage.kernels import native
 
 WIDTHS = (32, 64)
 
@@ -202,3 +205,19 @@ def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(ENGINES["openvino-int8"]), "library", ("no_such_library",))
     with pytest.raises(BenchError, match=r"not installed: pip install 'tutelage\[openvino\]'"):
         ENGINES["openvino-int8"].require()
+
+
+def test_the_fused_engine_counts_its_blocks(tmp_path: Path) -> None:
+    if not native().has_block:
+        pytest.skip("needs AVX-512 VNNI and a compiler")
+    folder = tutelage.save(make_student("bert"), tmp_path / "student")
+    plan = Plan(str(folder), None, ("student-fused",), 1, 1)
+    (tmp_path / "work").mkdir()
+    work = Workspace.start(tmp_path / "work", plan)
+    runner = ENGINES["student-fused"].load(work)
+    inputs = sample(tutelage.load(folder), (Case(1, 8),))
+    runner.output(inputs)
+    blocks = len(tutelage.load(folder).bert.encoder.layer)
+    assert runner.check().startswith(f"{blocks} fused blocks, ")
+    with pytest.raises(BenchError, match="no block of the student is fused"):
+        type(runner)(tutelage.load(folder)).check()

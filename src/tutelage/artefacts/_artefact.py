@@ -10,12 +10,19 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from .._prepare import Prepared, prepared
+from .._prepare import prepared
+from .._summary import summary
 from ..errors import ArtefactError, UnsupportedModelError
 from ..quantizers import Encoding
 from ._card import model_card
 from ._files import staged_directory, staged_files, write_failures_as_os_error, write_text
-from ._huggingface import QUANT_METHOD, READABLE_VERSIONS, of_unknown_version, stored_as
+from ._huggingface import (
+    QUANT_METHOD,
+    READABLE_VERSIONS,
+    PackedQuantizer,
+    of_unknown_version,
+    stored_as,
+)
 from ._reader import read_json
 from ._verify import verify_files
 
@@ -46,7 +53,8 @@ def save(
     imported, with ``from_pretrained`` and ``pipeline``.
 
     Args:
-        student: A model made by ``tutelage.prepare``.
+        student: A model made by ``tutelage.prepare``, or a packed one from ``tutelage.load``, which
+            is written anew, in another encoding for instance.
         path: Folder to write.
         processor: Tokenizer or image processor to store; by default the one beside the weights
             that the model was loaded from, where they are a local folder.
@@ -61,13 +69,13 @@ def save(
         The folder.
 
     Raises:
-        UnsupportedModelError: The model was not prepared, or is spread over processes.
+        UnsupportedModelError: The model is neither prepared nor packed, or spread over processes.
         SchemeError: There is no such encoding or dtype, or no ternary weight for base 3.
         OutputExistsError: The folder is not empty.
         ArtefactError: Writing failed; nothing is left behind.
     """
     path = Path(path)
-    _require_prepared(student)
+    _require_student(student)
     with staged_directory(path, overwrite=overwrite) as stage:
         _write(student, stage, processor, metrics or {}, encoding, rest)
     return path
@@ -87,19 +95,18 @@ def write_artefact(
     Raises:
         ArtefactError: Writing failed.
     """
-    _require_prepared(student)
+    _require_student(student)
     with staged_files(folder) as stage:
         _write(student, stage, processor, metrics)
 
 
-def _require_prepared(student: nn.Module) -> Prepared:
-    state = prepared(student)
-    if state is None:
+def _require_student(student: nn.Module) -> None:
+    quantizer = getattr(student, "hf_quantizer", None)
+    if prepared(student) is None and not isinstance(quantizer, PackedQuantizer):
         raise UnsupportedModelError(
             f"{type(student).__name__} is not prepared; call tutelage.prepare(model, scheme)."
         )
     _refuse_sharded(student)
-    return state
 
 
 def _refuse_sharded(student: nn.Module) -> None:
@@ -131,8 +138,22 @@ def _write(
         processor.save_pretrained(stage)
     else:
         _copy_image_processor(model, stage)
-    card = model_card(student, _require_prepared(student), metrics, encoding, rest)
+    card = model_card(type(student).__name__, *_figures(student, stage, encoding, rest), metrics)
     write_text(stage / "README.md", card)
+
+
+def _figures(
+    student: nn.Module, stage: Path, encoding: Encoding, rest: Literal["float32", "bfloat16"]
+) -> tuple[str, int, int]:
+    """Returns the name of the scheme, and the bytes of the weights, packed and in float32."""
+    state = prepared(student)
+    if state is not None:
+        total = summary(student, encoding, rest)
+        return state.scheme.name, total.packed_bytes, total.float_bytes
+    from .._size import stored_size
+
+    found = stored_size(str(stage))
+    return found.scheme, found.weight_bytes, found.float_bytes
 
 
 def processor_of(model: Any) -> Any:

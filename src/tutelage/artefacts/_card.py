@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
-
-from torch import nn
-
-from .._prepare import Prepared
-from .._summary import summary
-from ..quantizers import Encoding
+from typing import Any
 
 __all__ = ["model_card"]
 
 
 def model_card(
-    student: nn.Module,
-    state: Prepared,
-    metrics: Mapping[str, Any],
-    encoding: Encoding = "bits",
-    rest: Literal["float32", "bfloat16"] = "float32",
+    architecture: str, scheme: str, bytes: int, float_bytes: int, metrics: Mapping[str, Any]
 ) -> str:
     """Returns the text of ``README.md``.
 
     Args:
-        student: The student.
-        state: What ``prepare`` left on it.
+        architecture: Class of the model.
+        scheme: Name of its scheme.
+        bytes: Of the stored weights.
+        float_bytes: Of the same in float32.
         metrics: Figures by name.
-        encoding: How its codes are stored.
-        rest: Dtype in which all that is not quantized is stored.
     """
-    total = summary(student, encoding, rest)
     lines = [
         "---",
         "library_name: transformers",
         "tags: [tutelage, quantized]",
         "---",
         "",
-        f"# {type(student).__name__}, {state.scheme.name}",
+        f"# {architecture}, {scheme}",
         "",
-        f"Quantized with Tutelage: scheme `{state.scheme.name}`, "
-        f"{total.packed_bytes:,} bytes of weights, {total.float_bytes / total.packed_bytes:.1f} "
+        f"Quantized with Tutelage: scheme `{scheme}`, "
+        f"{bytes:,} bytes of weights, {float_bytes / bytes:.1f} "
         "times smaller than float32.",
         "",
         "```python",
         "import tutelage",
-        *_usage(type(student).__name__),
+        *_usage(architecture),
         "```",
         "",
     ]

@@ -25,7 +25,15 @@ from ..quantizers import ENCODINGS, Encoding
 from ..scheme import WEIGHT_QUANTIZERS, ModuleSpec, Scheme
 from ._guard import guard, lift
 from ._hollow import make_hollow, not_stored, refuse_other_tensors
-from ._pack import REST_DTYPES, digest, known_storage, pack_state_dict, store_rest, weights_digest
+from ._pack import (
+    REST_DTYPES,
+    digest,
+    known_storage,
+    pack_state_dict,
+    repack_state_dict,
+    store_rest,
+    weights_digest,
+)
 from ._reader import read_header
 from ._verify import metadata_of, verify_config, verify_files
 
@@ -142,7 +150,7 @@ class PackedQuantizer(HfQuantizer):
         if any(isinstance(m, QuantWeight) for m in model.modules()):
             state = pack_state_dict(model, specs, config.encoding)
         else:
-            state = dict(model.state_dict())
+            state = repack_state_dict(model, config.encoding)
         for name in not_stored(model, state):
             del state[name]
         store_rest(state, config.rest)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SchemeError, nearest
-from ..nn import QuantWeight
-from ..quantizers import ENCODINGS, Encoding, pack
+from ..nn import PackedWeight, QuantWeight
+from ..quantizers import ENCODINGS, Encoding, pack, recode
 from ..scheme import ModuleSpec
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "digest",
     "known_storage",
     "pack_state_dict",
+    "repack_state_dict",
     "store_rest",
     "weights_digest",
 ]
@@ -143,4 +144,20 @@ def pack_state_dict(
         packed = pack(quantized.codes, module.weight_quantizer.grid, encoding)
         state[f"{name}.weight"] = packed.reshape(-1)
         state[f"{name}.weight_scale"] = quantized.scale.reshape(-1, 1).contiguous()
+    return state
+
+
+def repack_state_dict(model: nn.Module, encoding: Encoding = "bits") -> dict[str, Tensor]:
+    """Returns the state dict of a packed model with its bytes in another encoding.
+
+    Args:
+        model: A packed model; it stays as it is.
+        encoding: How codes become bytes.
+    """
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight) and module.owner is module:
+            rows = state[f"{name}.weight"].view(module.rows, -1)
+            made = recode(rows, module.width, module.grid, module.encoding, encoding)
+            state[f"{name}.weight"] = made.reshape(-1)
     return state

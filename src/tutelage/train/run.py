@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .._prepare import prepared
+from .._summary import summary
 from ..artefacts import load, save, weight_bytes, write_text
 from ..artefacts._card import model_card
 from ._inference import Measured, measure
@@ -99,7 +100,11 @@ def _run(
     with _clock(seconds, "evaluation"):
         result = _measure(plan, teacher.eval(), packed, fine_tuned=fine_tuned)
     result = result.model_copy(update={"seconds": seconds})
-    card = model_card(student, cast("Any", prepared(student)), _card_figures(result))
+    total, scheme = summary(student), cast("Any", prepared(student)).scheme.name
+    figures = _card_figures(result)
+    card = model_card(
+        type(student).__name__, scheme, total.packed_bytes, total.float_bytes, figures
+    )
     write_text(packed / "README.md", card)
     _publish(packed, plan.folder)
     write_result(result, plan.folder)
