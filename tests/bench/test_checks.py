@@ -123,7 +123,8 @@ def test_onnx_counts_integer_products(tmp_path: Path) -> None:
 
 
 def test_a_weight_behind_constant_nodes_is_found() -> None:
-    from onnx import TensorProto, helper
+    onnx = pytest.importorskip("onnx")
+    helper, TensorProto = onnx.helper, onnx.TensorProto
 
     weight = helper.make_tensor("w", TensorProto.FLOAT, [2, 2], [1.0, 2.0, 3.0, 4.0])
     nodes = [
