@@ -53,12 +53,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_every_engine_has_a_row(folder: Path, here: list[str]) -> None:
+    for name in ("openvino", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
     result = run_bench(folder, rounds=2, cases="1x8,3x8")
     rows = {row.name: row for row in result.engines}
     assert list(rows) == list(ENGINES)
     failed = {name: row.reason for name, row in rows.items() if row.reason is not None}
-    absent = ("not available", "not installed")
-    left = {name for name in failed if any(word in str(failed[name]) for word in absent)}
+    left = {name for name in failed if "not available" in str(failed[name])}
     # In bfloat16 OpenVINO unpacks matrices as small as these, which is found out.
     if "OpenVINO compresses" in str(failed.get("openvino-w8")):
         left.add("openvino-w8")
