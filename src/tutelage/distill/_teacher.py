@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -74,17 +75,32 @@ def prediction(output: Any) -> Prediction:
     )
 
 
-class LiveTeacher:
-    """Runs the full-precision model on every batch, in eval mode and without gradient."""
+_INSIDE_ATTENTION = ("attention_scores", "attention_map")
 
-    def __init__(self, model: nn.Module) -> None:
+
+class LiveTeacher:
+    """Runs the full-precision model on every batch, in eval mode and without gradient.
+
+    Where neither a loss nor the stage asks for attention scores or maps, attention is one fused
+    operation.
+
+    Attributes:
+        model: The model.
+        dtype: What its products are computed in.
+    """
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
         """Freezes the model and finds its sites.
 
         Args:
             model: A full-precision transformers model; set to eval mode, gradients switched off.
+            dtype: ``torch.bfloat16`` runs it under autocast, which is faster where the hardware
+                multiplies bfloat16, and rounds what the student is taught (docs/training.md has
+                what that changes). Softmax, normalisation and the residual stream stay float32.
 
         Raises:
             IncompatibleTeacherError: The model is quantized.
+            UnsupportedModelError: ``dtype`` is neither float32 nor bfloat16.
         """
         from .._prepare import prepared
 
@@ -92,6 +108,11 @@ class LiveTeacher:
             raise IncompatibleTeacherError(
                 "the teacher is a prepared student; pass the full-precision model."
             )
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedModelError(
+                f"a teacher cannot run in {dtype}; use torch.float32 or torch.bfloat16."
+            )
+        self.dtype = dtype
         self.model = model.eval().requires_grad_(False)
         self._sites = discover(model)
 
@@ -111,9 +132,12 @@ class LiveTeacher:
             want: Sites to record.
         """
         self.model.eval()
+        device = next(self.model.parameters()).device.type
+        half = self.dtype == torch.bfloat16
         with (
             torch.no_grad(),
-            use_attention(self.model),
+            torch.autocast(device, self.dtype) if half else contextlib.nullcontext(),
+            use_attention(self.model, fused=not set(want).intersection(_INSIDE_ATTENTION)),
             Tap(self.model, self._sites, want) as tap,
         ):
             output = self.model(**batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._attention import ATTENTION_NAME as ATTENTION_NAME
+from ._attention import FUSED_ATTENTION_NAME as FUSED_ATTENTION_NAME
 from ._attention import AttentionProbe as AttentionProbe
 from ._attention import attention as attention
 from ._attention import probe_of as probe_of

@@ -20,14 +20,17 @@ from ._attention_quantizer import AttentionQuantizer
 
 __all__ = [
     "ATTENTION_NAME",
+    "FUSED_ATTENTION_NAME",
     "AttentionProbe",
     "attention",
+    "fused_attention",
     "probe_of",
     "register_attention",
     "use_attention",
 ]
 
 ATTENTION_NAME = "tutelage"
+FUSED_ATTENTION_NAME = "tutelage_fused"
 _PROBE = "_tutelage_probe"
 _UNSUPPORTED = ("s_aux", "sinks", "head_mask")
 
@@ -46,6 +49,15 @@ class AttentionProbe(Protocol):
     def attention_map(self, attention_map: Tensor) -> Tensor:
         """Receives the softmax output before dropout and returns what is used in its place."""
         ...
+
+
+def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes {name!r} to its attention function, which the "
+                "quantized attention does not compute; use another model."
+            )
 
 
 def _repeat(states: Tensor, heads: int) -> Tensor:
@@ -82,12 +94,7 @@ def attention(
     Raises:
         UnsupportedModelError: The model asks for something this function does not compute.
     """
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} passes {name!r} to its attention function, which the "
-                "quantized attention does not compute; use another model."
-            )
+    _refuse_unknown(module, kwargs)
     probe: AttentionProbe | None = module.__dict__.get(_PROBE)
     quantizer = cast("AttentionQuantizer | None", module._modules.get("attention_quantizer"))
     if probe is not None:
@@ -119,12 +126,64 @@ def attention(
     return context.transpose(1, 2).contiguous(), attention_map
 
 
+def fused_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch kv_heads keys width"],
+    value: Float[Tensor, "batch kv_heads keys width"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch queries heads width"], Tensor | None]:
+    """Attention in one operation of torch, for a forward pass whose scores nobody looks at.
+
+    The values are those of ``attention`` up to rounding. A model with capped scores, which torch's
+    operation does not compute, goes through ``attention``.
+
+    Args:
+        module: The attention module, not quantized.
+        query: Queries.
+        key: Keys; fewer heads than queries are repeated.
+        value: Values.
+        attention_mask: Additive mask that broadcasts against the scores, or ``None``.
+        scaling: Factor of the scores, by default 1 / sqrt(width).
+        dropout: Probability with which entries of the attention map are dropped.
+        **kwargs: As in ``attention``.
+
+    Returns:
+        The context, and no attention map unless ``attention`` was called.
+
+    Raises:
+        UnsupportedModelError: As ``attention``.
+    """
+    if kwargs.get("softcap") is not None:
+        return attention(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    _refuse_unknown(module, kwargs)
+    bias = kwargs.get("position_bias")
+    mask = attention_mask if bias is None or attention_mask is None else attention_mask + bias
+    mask = bias if mask is None else mask
+    context = nn.functional.scaled_dot_product_attention(
+        query,
+        _repeat(key, query.shape[1]),
+        _repeat(value, query.shape[1]),
+        attn_mask=None if mask is None else mask.to(query.dtype),
+        dropout_p=dropout if module.training else 0.0,
+        scale=scaling,
+    )
+    return context.transpose(1, 2).contiguous(), None
+
+
 def register_attention() -> None:
-    """Registers ``attention`` and its mask function with transformers; idempotent."""
+    """Registers both attention functions and their mask with transformers; idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _additive_mask)
+    AttentionInterface.register(FUSED_ATTENTION_NAME, fused_attention)
+    AttentionMaskInterface.register(FUSED_ATTENTION_NAME, _additive_mask)
 
 
 def _additive_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -160,7 +219,9 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def use_attention(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
+def use_attention(
+    model: nn.Module, *, keep: bool = False, fused: bool = False
+) -> Iterator[None]:
     """Routes the attention of ``model`` through ``attention`` inside the context.
 
     Attention written by hand, outside transformers' interface, stays as it is.
@@ -168,6 +229,7 @@ def use_attention(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
     Args:
         model: A transformers model.
         keep: Leave it so after a context that ended without an error.
+        fused: Through ``fused_attention``, whose scores and map are out of reach.
 
     Raises:
         UnsupportedModelError: It is no transformers model.
@@ -176,7 +238,7 @@ def use_attention(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
     configs = _configs(model)
     before = [config._attn_implementation_internal for config in configs]
     for config in configs:
-        config._attn_implementation_internal = ATTENTION_NAME
+        config._attn_implementation_internal = FUSED_ATTENTION_NAME if fused else ATTENTION_NAME
     done = False
     try:
         yield
