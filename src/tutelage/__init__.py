@@ -11,10 +11,13 @@ from . import quantizers as quantizers
 from ._prepare import prepare as prepare
 from ._summary import Summary as Summary
 from ._summary import summary as summary
+from .distill import CachedTeacher as CachedTeacher
 from .distill import Distiller as Distiller
+from .distill import LiveTeacher as LiveTeacher
 from .distill import StepOutput as StepOutput
 from .distill import TrainStep as TrainStep
 from .distill import losses as losses
+from .distill import with_sample_ids as with_sample_ids
 from .errors import TutelageError as TutelageError
 from .intervention import Schedule as Schedule
 from .nn import fuse as fuse

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._files import refuse_existing as refuse_existing
-from ._files import staged_directory as staged_directory
-from ._files import write_failures_as_os_error as write_failures_as_os_error
-from ._files import write_text as write_text
+from .._files import refuse_existing as refuse_existing
+from .._files import staged_directory as staged_directory
+from .._files import write_failures_as_os_error as write_failures_as_os_error
+from .._files import write_text as write_text
 from ._pack import known_storage as known_storage
 from ._pack import pack_state_dict as pack_state_dict
 

@@ -10,12 +10,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from .._files import staged_directory, staged_files, write_failures_as_os_error, write_text
 from .._prepare import prepared
 from .._summary import summary
 from ..errors import ArtefactError, UnsupportedModelError
 from ..quantizers import Encoding
 from ._card import model_card
-from ._files import staged_directory, staged_files, write_failures_as_os_error, write_text
 from ._huggingface import (
     QUANT_METHOD,
     READABLE_VERSIONS,

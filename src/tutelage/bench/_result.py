@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..artefacts._files import write_text
+from .._files import write_text
 
 __all__ = ["BenchResult", "EngineFigures", "Speed"]
 

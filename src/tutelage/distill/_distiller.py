@@ -17,15 +17,13 @@ from ..sites import Signals, Site, Tap
 from . import losses as _losses
 from ._context import LossValue, StepContext
 from ._distributed import wrapped_forward
-from ._fit import refuse_other_shape, refuse_shared
+from ._fit import refuse_other_shape, refuse_shared, shares_scale
 from ._items import ItemReader, ModelInputs, read_inputs, refuse_other_items
+from ._sample_ids import SAMPLE_IDS
 from ._teacher import LiveTeacher, TeacherSource, prediction
 from .losses import Losses, WeightedTerm
 
-__all__ = ["SAMPLE_IDS", "Distiller", "StepOutput"]
-
-SAMPLE_IDS = "tutelage_sample_ids"
-"""Reserved key of a batch: ids of its samples, for a cached teacher."""
+__all__ = ["Distiller", "StepOutput"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ class Distiller:
             UnsupportedModelError: The student was not prepared, or is frozen.
             IncompatibleTeacherError: Shapes differ, or parameters are shared.
             SiteError: A loss term needs a signal that is out of reach.
+            RecipeError: The teacher was stored without padding, and padding counts.
         """
         state = prepared(student)
         if state is None:
@@ -100,6 +99,8 @@ class Distiller:
         self.losses = (losses if losses is not None else _losses.default()).fitted(self._sites)
         self._read = ItemReader(teacher, self._sites)
         refuse_other_shape(self._sites.shape(), teacher.sites.shape())
+        if getattr(teacher, "drops_padding", False):
+            self.refuse_dropped_padding()
 
     def check(self, stage: str) -> None:
         """Refuses a stage that the student cannot have, before any step is made.
@@ -115,6 +116,42 @@ class Distiller:
         sites = {site for w in self.losses.at(stage, self._sites) for site in w.term.requires}
         replaced = self._replaced(active) or None
         Tap(self.student, self._sites, sites, replace=replaced, with_=lambda own, _: own)
+
+    def wanted(self, stage: str) -> set[Site]:
+        """Returns which of the teacher's signals a step in a stage needs.
+
+        Args:
+            stage: Name of the stage.
+
+        Raises:
+            RecipeError: The stage is unknown or would leave the attention without gradient.
+        """
+        needed = {s for w in self.losses.at(stage, self._sites) for s in w.term.requires}
+        return needed.union(self._replaced(intervention(stage)))
+
+    def model_inputs(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        """Returns what teacher and student are called with, and the ids of samples.
+
+        Args:
+            batch: As ``step`` takes it.
+        """
+        given, keys, _ = self._take(batch, ())
+        return given.inputs, keys
+
+    def refuse_dropped_padding(self) -> None:
+        """Refuses a training in which padded positions count.
+
+        Raises:
+            RecipeError: A loss runs over all positions, or one scale covers several tokens.
+        """
+        terms = [w.term.name for w in self.losses.terms if not getattr(w.term, "masked", True)]
+        shared = [name for name, m in self.student.named_modules() if shares_scale(m)]
+        if terms or shared:
+            what = f"the loss {terms[0]!r} runs" if terms else f"a scale of {shared[0]!r} runs"
+            raise RecipeError(
+                f"{what} over padded positions, which a stored teacher without padding does not "
+                "have; build it with padding='keep' from batches of one length."
+            )
 
     def step(
         self,
@@ -156,7 +193,7 @@ class Distiller:
         self._refuse_float16()
         given, keys, labels = self._take(batch, terms)
         sites: set[Site] = {site for weighted in terms for site in weighted.term.requires}
-        want = sites.union(self._replaced(active))
+        want = self.wanted(stage)
         teacher_logits, teacher = self.teacher.get(given.inputs, keys, want)
         tap = self._tap(sites, active, teacher, progress)
         model = self.student if model is None else model

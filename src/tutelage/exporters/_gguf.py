@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._files import staged_files
 from ..artefacts._artefact import processor_of
-from ..artefacts._files import staged_files
 from ..errors import ExportError, OutputExistsError
 from ._gguf_models import Layout, layout_of
 from ._gguf_vocab import write_vocabulary

@@ -219,9 +219,7 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def use_attention(
-    model: nn.Module, *, keep: bool = False, fused: bool = False
-) -> Iterator[None]:
+def use_attention(model: nn.Module, *, keep: bool = False, fused: bool = False) -> Iterator[None]:
     """Routes the attention of ``model`` through ``attention`` inside the context.
 
     Attention written by hand, outside transformers' interface, stays as it is.

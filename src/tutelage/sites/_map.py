@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -36,6 +36,10 @@ Features = tuple[tuple[int, int], ...]
 
 Axis = Literal["input", "decoder"]
 """Whose positions an axis of a signal counts: the model's input, or the decoder's tokens."""
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,21 @@ class SiteMap:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON-able data."""
         return {"blocks": [asdict(b) for b in self.blocks], "linears": list(self.linears)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SiteMap:
+        """Returns the map that ``to_dict`` made plain data of, also after a way through JSON.
+
+        Args:
+            data: The plain data.
+        """
+        return cls(
+            tuple(
+                BlockSites(**{name: _tuples(value) for name, value in block.items()})
+                for block in data["blocks"]
+            ),
+            tuple(data["linears"]),
+        )
 
     def shape(self) -> tuple[tuple[int, int, int], ...]:
         """Returns (heads, width, hidden) of every block: what teacher and student must share."""

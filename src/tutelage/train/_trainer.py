@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from .._prepare import prepared
-from ..distill import SAMPLE_IDS, Distiller, LiveTeacher, TeacherSource, TrainStep
+from ..distill import SAMPLE_IDS, CachedTeacher, Distiller, LiveTeacher, TeacherSource, TrainStep
 from ..distill.losses import Losses
 from ..errors import CheckpointError, NonFiniteLossError
 from ..intervention import Schedule
@@ -248,6 +248,8 @@ class QATTrainer(TwoStepTrainer):
 
     def _finite_means(self) -> dict[str, float]:
         """Returns the mean of every term since the last entry, over all processes."""
+        if isinstance(self.distiller.teacher, CachedTeacher):
+            self.distiller.teacher.check()
         if not self._sums:
             return {}
         found = torch.stack([total / steps for total, steps in self._sums.values()])

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import ArtefactError, OutputExistsError
+from .errors import ArtefactError, OutputExistsError
 
 __all__ = [
     "refuse_existing",

@@ -15,6 +15,7 @@ import pytest
 import tutelage
 import tutelage.artefacts._artefact as artefact
 from helpers import logits_of, make_batch, make_student, make_tokenizer
+from tutelage._files import staged_files
 from tutelage.artefacts import (
     refuse_existing,
     staged_directory,
@@ -22,7 +23,6 @@ from tutelage.artefacts import (
     write_failures_as_os_error,
     write_text,
 )
-from tutelage.artefacts._files import staged_files
 from tutelage.errors import ArtefactError, OutputExistsError
 
 
@@ -192,7 +192,7 @@ def test_a_file_that_the_system_cuts_off_leaves_no_trace(tmp_path: Path) -> None
     before = tree(tmp_path)
     sizes = sorted(len(content) for content in before.values() if content is not None)
     assert sizes[-1] > 8000  # the weights pass every limit
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tests), str(tmp_path)],
         capture_output=True,
