@@ -262,11 +262,7 @@ def test_a_lossy_codec_is_near_and_smaller(codec: str, tmp_path: Path) -> None:
     exact = build(tmp_path / "a", teacher, batches, stages=stages())
     lossy = build(tmp_path / "b", teacher, batches, stages=stages(), codec=codec)
     start = student_of(teacher)
-    near = zip(
-        train(exact, start, batches[:1])[0], train(lossy, start, batches[:1])[0], strict=True
-    )
-    with pytest.raises(DataError, match="not stored"):
-        train(lossy, start, batches[1:])
+    near = zip(train(exact, start, batches)[0], train(lossy, start, batches)[0], strict=True)
     assert lossy.bytes < exact.bytes
     for one, other in near:
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.0)
