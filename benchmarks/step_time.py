@@ -5,9 +5,7 @@
 
 Random weights serve: speed does not depend on their values. Every repeat times one plain
 fine-tuning step in float32 (forward, backward, clipping, AdamW, dropout on) and one step of a
-variant, in turn; a ratio is the median of the ratios pair by pair. Memory is the peak above what was there
-before the step's first run: of a CUDA device as torch counts it, of a process in a process of its
-own (--memory), as the system counts it.
+variant, in X
 """
 
 from __future__ import annotations
@@ -18,14 +16,15 @@ import copy
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from torch import Tensor, nn
@@ -218,8 +217,22 @@ def peak(args: argparse.Namespace, name: str, rows: int, tokens: int, stage: str
     return found
 
 
-def _resident() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Watch(threading.Thread):
+    """Keeps the largest resident size of this process."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.largest, self._over = 0, threading.Event()
+
+    def run(self) -> None:
+        process = psutil.Process()
+        while not self._over.wait(0.002):
+            self.largest = max(self.largest, process.memory_info().rss)
+
+    def stop(self) -> int:
+        self._over.set()
+        self.join()
+        return self.largest
 
 
 def _peak(
@@ -228,16 +241,17 @@ def _peak(
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     batch = make_batch(args.model, rows, tokens, device)
-    before = _resident()
+    before, watch = psutil.Process().memory_info().rss, Watch()
     with tempfile.TemporaryDirectory() as folder:
         if name.startswith("plain"):
             call = plain(args, batch, half=name == "plain-bf16")
         else:
             call = variant(args, name, batch, stage, Path(folder))
+        watch.start()
         for _ in range(3):
             call()
-    found = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
-    sender.send(found or _resident() - before)
+    found = torch.cuda.max_memory_allocated() if device.type == "cuda" else watch.stop() - before
+    sender.send(found / 2**20)
 
 
 def show_profile(args: argparse.Namespace, rows: int, tokens: int) -> None:

@@ -13,6 +13,7 @@ from ._summary import Summary as Summary
 from ._summary import summary as summary
 from .distill import CachedTeacher as CachedTeacher
 from .distill import Distiller as Distiller
+from .distill import GraphedTrainStep as GraphedTrainStep
 from .distill import LiveTeacher as LiveTeacher
 from .distill import StepOutput as StepOutput
 from .distill import TrainStep as TrainStep

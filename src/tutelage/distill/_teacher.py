@@ -87,7 +87,10 @@ class LiveTeacher:
     Attributes:
         model: The model.
         dtype: What its products are computed in.
+        captured: A CUDA graph of the step holds the teacher's forward pass.
     """
+
+    captured = True
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
         """Freezes the model and finds its sites.

@@ -186,13 +186,19 @@ def register_attention() -> None:
     AttentionMaskInterface.register(FUSED_ATTENTION_NAME, _additive_mask)
 
 
-def _additive_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    from transformers.masking_utils import eager_mask
+def _additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    from transformers.masking_utils import sdpa_mask
 
-    # Whether a mask can be left out depends on its values, and asking waits for the device.
+    # Whether a mask can be left out depends on its values, and asking waits for the device. The
+    # eager mask of some versions copies a number from the host, which no CUDA graph can hold.
+    kwargs["allow_is_causal_skip"] = False
     if kwargs.get("attention_mask") is not None:
         kwargs["allow_is_bidirectional_skip"] = False
-    return eager_mask(*args, **kwargs)
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is None:
+        return None
+    made = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return made.masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -28,10 +28,13 @@ class BertAdam(torch.optim.Optimizer):
     global step.
     """
 
+    capturable = True
+    """Its update is made of tensors alone, so that a CUDA graph can hold it."""
+
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 2e-5,
+        lr: float | Tensor = 2e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
