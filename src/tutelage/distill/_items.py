@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -49,6 +50,10 @@ def read_inputs(batch: Mapping[str, Any], model: nn.Module) -> ModelInputs:
     inputs = dict(batch)
     labels = inputs.pop("labels", None)
     decoder_mask = _mask(inputs.get("decoder_attention_mask"))
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        # Keys and values for later tokens take memory, and making room for them copies from the
+        # host, which no CUDA graph can hold.
+        inputs.setdefault("use_cache", False)
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
