@@ -260,7 +260,7 @@ def test_the_replacement_is_the_teachers_own_signal(stage: Any) -> None:
     student.eval()
     inputs = inputs_of(make_batch())
     distiller = Distiller(student, teacher)
-    _, signals = distiller.teacher.get(inputs, None, {stage})
+    _, signals = distiller.teacher.get(inputs, None, distiller.wanted(stage))
     with (
         torch.no_grad(),
         Tap(student, _sites(student), [], replace=stage, with_=lambda own, i: signals[stage][i]),
