@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -13,10 +14,21 @@ import torch
 from torch import Tensor, nn
 
 import tutelage
-from helpers import DEFAULT_PRESETS, FAMILIES, PAD, VOCAB, make_batch, make_student, same_bits, tiny
+from helpers import (
+    DEFAULT_PRESETS,
+    FAMILIES,
+    PAD,
+    VOCAB,
+    inputs_of,
+    make_batch,
+    make_student,
+    same_bits,
+    tiny,
+)
 from tutelage.errors import UnsupportedModelError
 from tutelage.nn import (
     ATTENTION_NAME,
+    FUSED_ATTENTION_NAME,
     AttentionQuantizer,
     attention,
     probe_of,
@@ -490,3 +502,21 @@ class TestPadding:
         assert not torch.equal(
             forward(model, ids, mask)[0], forward(model, ids, torch.ones_like(mask))[0]
         )
+
+
+def test_the_fused_attention_never_skips_a_quantizer() -> None:
+    teacher = tiny("bert").eval()
+    student = tutelage.prepare(copy.deepcopy(teacher), tutelage.Scheme.preset("ternary-a8")).eval()
+    inputs = inputs_of(make_batch())
+    with torch.no_grad():
+        expected = student(**inputs).logits
+        with use_attention(student, fused=True):
+            assert student.config._attn_implementation_internal == FUSED_ATTENTION_NAME
+            assert torch.equal(student(**inputs).logits, expected)
+        with use_attention(teacher):
+            parts = teacher(**inputs).logits
+        with use_attention(teacher, fused=True):
+            torch.testing.assert_close(teacher(**inputs).logits, parts)
+            with torch.autocast("cpu", torch.bfloat16):
+                inputs["attention_mask"][1] = 0
+                assert teacher(**inputs).logits.isfinite().all()

@@ -62,8 +62,8 @@ class Layout:
             start: Its first real token.
             tokens: How many it has.
         """
-        return (slice(None), *(slice(start, start + tokens) if d == _TOKENS else slice(None)
-                               for d in self.dims))  # fmt: skip
+        real = slice(start, start + tokens)
+        return (slice(None), *(real if d == _TOKENS else slice(None) for d in self.dims))
 
 
 def site_layout(

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from .._prepare import prepared
 from ..errors import IncompatibleTeacherError, RecipeError, UnsupportedModelError
 from ..intervention import NO_INTERVENTION, Intervention, intervention
+from ..quantizers import BaseQuantizer
 from ..sites import Signals, Site, Tap
 from . import losses as _losses
 from ._context import LossValue, StepContext
 from ._distributed import wrapped_forward
-from ._fit import refuse_other_shape, refuse_shared, shares_scale
+from ._fit import refuse_other_shape, refuse_shared
 from ._items import ItemReader, ModelInputs, read_inputs, refuse_other_items
 from ._sample_ids import SAMPLE_IDS
 from ._teacher import LiveTeacher, TeacherSource, prediction
@@ -145,7 +146,13 @@ class Distiller:
             RecipeError: A loss runs over all positions, or one scale covers several tokens.
         """
         terms = [w.term.name for w in self.losses.terms if not getattr(w.term, "masked", True)]
-        shared = [name for name, m in self.student.named_modules() if shares_scale(m)]
+        shared = [
+            name
+            for name, module in self.student.named_modules()
+            if isinstance(module, BaseQuantizer)
+            and module.granularity == "tensor"
+            and not name.endswith("weight_quantizer")
+        ]
         if terms or shared:
             what = f"the loss {terms[0]!r} runs" if terms else f"a scale of {shared[0]!r} runs"
             raise RecipeError(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import IncompatibleTeacherError
-from ..nn import AttentionQuantizer
-from ..quantizers import BaseQuantizer
 
-__all__ = ["refuse_other_shape", "refuse_shared", "shares_scale"]
+__all__ = ["refuse_other_shape", "refuse_shared"]
 
 
 def refuse_shared(student: nn.Module, teacher: nn.Module) -> None:
@@ -53,17 +51,3 @@ def refuse_other_shape(
                 f"block {index} of the student has (heads, width of a head, hidden width) {own}, "
                 f"the teacher's {other}; they must be of the same shape."
             )
-
-
-def shares_scale(module: nn.Module) -> bool:
-    """Whether a module quantizes activations with one scale for several tokens.
-
-    Args:
-        module: A module of a student.
-    """
-    found: list[object] = []
-    if isinstance(module, AttentionQuantizer):
-        found = [module.query, module.key, module.value, module.attention_map]
-    else:
-        found = [getattr(module, "input_quantizer", None)]
-    return any(isinstance(q, BaseQuantizer) and q.granularity == "tensor" for q in found)

@@ -33,6 +33,7 @@ ATTENTION_NAME = "tutelage"
 FUSED_ATTENTION_NAME = "tutelage_fused"
 _PROBE = "_tutelage_probe"
 _UNSUPPORTED = ("s_aux", "sinks", "head_mask")
+_IN_PARTS = (*_UNSUPPORTED, "position_bias", "softcap")
 
 
 class AttentionProbe(Protocol):
@@ -49,15 +50,6 @@ class AttentionProbe(Protocol):
     def attention_map(self, attention_map: Tensor) -> Tensor:
         """Receives the softmax output before dropout and returns what is used in its place."""
         ...
-
-
-def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} passes {name!r} to its attention function, which the "
-                "quantized attention does not compute; use another model."
-            )
 
 
 def _repeat(states: Tensor, heads: int) -> Tensor:
@@ -94,7 +86,12 @@ def attention(
     Raises:
         UnsupportedModelError: The model asks for something this function does not compute.
     """
-    _refuse_unknown(module, kwargs)
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes {name!r} to its attention function, which the "
+                "quantized attention does not compute; use another model."
+            )
     probe: AttentionProbe | None = module.__dict__.get(_PROBE)
     quantizer = cast("AttentionQuantizer | None", module._modules.get("attention_quantizer"))
     if probe is not None:
@@ -136,13 +133,14 @@ def fused_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch queries heads width"], Tensor | None]:
-    """Attention in one operation of torch, for a forward pass whose scores nobody looks at.
+    """Attention in one operation of torch, where nobody looks at its scores.
 
-    The values are those of ``attention`` up to rounding. A model with capped scores, which torch's
-    operation does not compute, goes through ``attention``.
+    The values are those of ``attention`` up to rounding. What torch's operation does not compute
+    goes through ``attention``: quantized products, biases and caps of scores, and a mask of
+    another precision than the queries, which would round its least number to minus infinity.
 
     Args:
-        module: The attention module, not quantized.
+        module: The attention module.
         query: Queries.
         key: Keys; fewer heads than queries are repeated.
         value: Values.
@@ -157,19 +155,19 @@ def fused_attention(
     Raises:
         UnsupportedModelError: As ``attention``.
     """
-    if kwargs.get("softcap") is not None:
+    precisions = {tensor.dtype for tensor in (query, key, value)}
+    if attention_mask is not None:
+        precisions.add(attention_mask.dtype)
+    in_parts = "attention_quantizer" in module._modules or len(precisions) > 1
+    if in_parts or any(kwargs.get(name) is not None for name in _IN_PARTS):
         return attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    _refuse_unknown(module, kwargs)
-    bias = kwargs.get("position_bias")
-    mask = attention_mask if bias is None or attention_mask is None else attention_mask + bias
-    mask = bias if mask is None else mask
     context = nn.functional.scaled_dot_product_attention(
         query,
         _repeat(key, query.shape[1]),
         _repeat(value, query.shape[1]),
-        attn_mask=None if mask is None else mask.to(query.dtype),
+        attn_mask=attention_mask,
         dropout_p=dropout if module.training else 0.0,
         scale=scaling,
     )
