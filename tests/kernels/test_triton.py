@@ -23,13 +23,13 @@ import tutelage
 from helpers import DEFAULT_PRESETS
 from tutelage.kernels import (
     packed_linear_cuda,
+    scaled_integer_linear,
     triton_packed_linear,
     triton_status,
     triton_weight_only_linear,
 )
 from tutelage.kernels._triton import _entry, _status
 from tutelage.nn import QuantLinear
-from tutelage.nn._linear import scaled_integer_linear
 from tutelage.quantizers import (
     BINARY,
     FOUR_LEVEL,
@@ -482,3 +482,7 @@ def test_compiled_code_is_what_the_contract_needs() -> None:
     for name, count in counts.items():
         assert not count["approximate_division"], name
         assert not count["fused"], name
+    uniform = counts["row_uniform"]  # rounding by adding and subtracting is not simplified away
+    assert uniform["lifted"] == uniform["lowered"] == uniform["division"] - 1 == 8
+    assert counts["row_weight"]["division"] == 2
+    assert counts["row_weight"]["float64"]

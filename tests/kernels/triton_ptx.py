@@ -15,8 +15,15 @@ from triton.compiler import ASTSource
 
 from tutelage.kernels._triton._gemm import gemm_kernel
 from tutelage.kernels._triton._gemv import gemv_kernel
-from tutelage.kernels._triton._launch import _EXACT
+from tutelage.kernels._triton._launch import EXACT
 from tutelage.kernels._triton._planes import quantize_kernel
+from tutelage.kernels._triton._rows import (
+    error_kernel,
+    error_sum_kernel,
+    sums_kernel,
+    uniform_kernel,
+    weight_kernel,
+)
 
 WEIGHTS = {"BITS": 2, "LO": -1, "STEP": 1, "ROW_SCALE": True, "HAS_BIAS": True}
 POINTERS = {
@@ -30,6 +37,12 @@ POINTERS = {
     "y": "*fp32",
     "M": "i32",
     "N": "i32",
+    "R": "i32",
+    **dict.fromkeys(("factor", "scale", "row_scale", "column_scale", "own", "other"), "*fp32"),
+    **dict.fromkeys(("mask", "gain", "out"), "*fp32"),
+    **dict.fromkeys(("size1", "size2", "x0", "x1", "x2", "f0", "f1", "f2"), "i32"),
+    **dict.fromkeys(("m0", "m1", "m2", "m3"), "i32"),
+    "codes": "*i8",
 }
 
 
@@ -47,7 +60,7 @@ def ptx_of(kernel: Any, warps: int, stages: int, types: dict[str, str], **consta
             if name not in constants and name != "M"
         },
     )
-    options = {"num_warps": warps, "num_stages": stages, **_EXACT}
+    options = {"num_warps": warps, "num_stages": stages, **EXACT}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
@@ -78,6 +91,27 @@ def main() -> None:
             quantize_kernel, 8, 1, {}, K=4096, PLANE=1024, LEVELS=127, FIELDS=4, BLOCK=1024
         ),
     }
+    rows: dict[str, Any] = {"K": 384, "ROWS": 2, "BLOCK": 512}
+    errors: dict[str, Any] = {**rows, "MASKED": True}
+    compiled |= {
+        "row_uniform": ptx_of(
+            uniform_kernel, 4, 1, {}, LEVELS=127, SIGNED=True, HAS_FACTOR=True, **rows
+        ),
+        "row_weight": ptx_of(weight_kernel, 4, 1, {}, KIND=0, THRESHOLD=0.7, **rows),
+        "row_sums": ptx_of(
+            sums_kernel,
+            4,
+            1,
+            {},
+            PER_ROW=True,
+            PER_COLUMN=True,
+            HAS_BIAS=True,
+            BLOCK_M=16,
+            BLOCK_N=128,
+        ),
+        "row_error_sum": ptx_of(error_sum_kernel, 4, 1, {"out": "*fp64"}, **errors),
+        "row_error": ptx_of(error_kernel, 4, 1, {}, **errors),
+    }
     patterns = {
         "mma_int8": r"mma\.sync\.\S*\.s8\.s8",
         "wgmma_int8": r"wgmma\.mma_async\S*\.s8\.s8",
@@ -85,6 +119,9 @@ def main() -> None:
         "dp4a": r"dp4a\.",
         "division": r"div\.rn\.f32",
         "approximate_division": r"div\.(full|approx)",
+        "lifted": r"add\S*f32\s+\S+ \S+ 0f4B400000",
+        "lowered": r"add\S*f32\s+\S+ \S+ 0fCB400000",
+        "float64": r"add\S*\.f64",
         "fused": r"fma\.\S*f32",
         "wide_loads": r"ld\.global\S*\.v4\.b32",
         "wide_copies": r"cp\.async\.c[ag]\S* *\[.*?\], *\[.*?\], 0x10",

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from .. import kernels
 from ..sites import Site
 from ._context import BatchItems, LossValue, StepContext
 
@@ -49,21 +50,17 @@ class LossTerm(Protocol):
 
 
 class _SquaredError(torch.autograd.Function):
-    """Sum of squared differences under a mask, with one buffer for forward and backward."""
+    """Sum of squared differences under a mask; the differences are made again for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:
-        difference = own - other
-        if mask is not None:
-            difference.mul_(mask)
-        ctx.save_for_backward(difference)
-        flat = difference.reshape(-1)
-        return torch.dot(flat, flat)
+        ctx.save_for_backward(own, other, mask)
+        return kernels.squared_error(own, other, mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (difference,) = ctx.saved_tensors
-        return difference * (2.0 * grads[0]), None, None
+        own, other, mask = ctx.saved_tensors
+        return kernels.squared_error_gradient(own, other, mask, 2.0 * grads[0]), None, None
 
 
 def squared_error(own: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:

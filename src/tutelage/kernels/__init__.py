@@ -14,6 +14,11 @@ from ._native import native as native
 from ._native import packed_linear as packed_linear
 from ._native import panel_bytes as panel_bytes
 from ._native import to_panels as to_panels
+from ._rows import dequantize as dequantize
+from ._rows import quantize as quantize
+from ._rows import scaled_integer_linear as scaled_integer_linear
+from ._rows import squared_error as squared_error
+from ._rows import squared_error_gradient as squared_error_gradient
 from ._triton import packed_linear_cuda as packed_linear_cuda
 from ._triton import triton_packed_linear as triton_packed_linear
 from ._triton import triton_status as triton_status

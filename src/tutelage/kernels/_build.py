@@ -23,7 +23,7 @@ _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fvisibility=hidde
 _AVX512 = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 _X86 = {
     "TUTELAGE_AVX2": (("avx2",), ("-mavx2", "-mfma")),
-    "TUTELAGE_VNNI": (("vnni", "block512"), _AVX512),
+    "TUTELAGE_VNNI": (("vnni", "block512", "rows512"), _AVX512),
     "TUTELAGE_AMX": (("amx",), (*_AVX512, "-mamx-tile", "-mamx-int8")),
 }
 """Files that need instructions of their own; what the compiler does not know is left out."""
@@ -107,7 +107,7 @@ def _compile(compiler: list[str], work: Path) -> Path:
             objects += made
             defines.append(f"-D{define}")
     include = [f"-I{path}" for path in include_paths()]
-    for name in ("ops", "encoder"):
+    for name in ("ops", "encoder", "train"):
         file = work / f"{name}.o"
         _run([*compiler, *_FLAGS, *defines, *include, "-c", SOURCES / f"{name}.cpp", "-o", file])
         objects.append(file)

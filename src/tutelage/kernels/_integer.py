@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-__all__ = ["active_path", "integer_linear", "integer_matmul", "resident_codes"]
+__all__ = ["active_path", "int8_serves", "integer_linear", "integer_matmul", "resident_codes"]
 
 _EXACT = 2**24
 _INT8 = 127
@@ -36,6 +36,34 @@ def _int8_is_fast() -> bool:
     return bool(torch.equal(torch._int_mm(rows, columns).double(), exact))
 
 
+_ON_CUDA: dict[int, bool] = {}
+
+
+def _cuda_multiplies_int8(device: torch.device) -> bool:
+    """Whether a CUDA device multiplies int8 exactly on tensor cores; tried once a device."""
+    if not torch.cuda.is_available():
+        return False
+    given: int | None = device.index  # torch's stubs forget None
+    index = torch.cuda.current_device() if given is None else given
+    if index not in _ON_CUDA:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # nothing can be tried while a graph is recorded
+        _ON_CUDA[index] = torch.cuda.get_device_capability(index) >= (8, 0) and _tried(index)
+    return _ON_CUDA[index]
+
+
+def _tried(index: int) -> bool:
+    rows = torch.full((32, 256), _INT8, dtype=torch.int8, device=f"cuda:{index}")
+    columns = torch.full((24, 256), _INT8, dtype=torch.int8, device=f"cuda:{index}")
+    columns[:, ::2] = -_INT8
+    columns[:, 0] = _INT8
+    exact = torch.matmul(rows.double(), columns.double().t())
+    try:
+        return bool(torch.equal(torch._int_mm(rows, columns.t()).double(), exact))
+    except RuntimeError:
+        return False
+
+
 def active_path(device: torch.device) -> str:
     """Names the code that multiplies integer matrices on a device.
 
@@ -45,7 +73,27 @@ def active_path(device: torch.device) -> str:
     Returns:
         ``"int8"`` (``torch._int_mm``) or ``"float32"``.
     """
-    return "int8" if device.type == "cpu" and _int8_is_fast() else "float32"
+    if torch.compiler.is_compiling() and device.type == "cuda":
+        return "float32"
+    fast = {"cpu": lambda _: _int8_is_fast(), "cuda": _cuda_multiplies_int8}.get(device.type)
+    return "int8" if fast is not None and fast(device) else "float32"
+
+
+def int8_serves(device: torch.device, count: int, width: int, outputs: int) -> bool:
+    """Whether int8 products serve for matrices (count, width) and (outputs, width).
+
+    Args:
+        device: Where they are.
+        count: Rows of the first.
+        width: What is summed over. With a single input torch 2.13's product returns garbage on
+            CPUs, and short rows gain nothing.
+        outputs: Rows of the second.
+    """
+    if active_path(device) != "int8" or not count or not outputs:
+        return False
+    if device.type == "cuda":
+        return count > 16 and width % 8 == 0 and outputs % 8 == 0
+    return width >= _SHORTEST
 
 
 def resident_codes(codes: Tensor) -> Tensor:
@@ -61,25 +109,26 @@ def resident_codes(codes: Tensor) -> Tensor:
 
 
 def integer_linear(
-    x: Float[Tensor, "*batch in_features"], weight: Shaped[Tensor, "out_features in_features"]
+    x: Shaped[Tensor, "*batch in_features"], weight: Shaped[Tensor, "out_features in_features"]
 ) -> Float[Tensor, "*batch out_features"]:
     """Computes ``x @ weight.T`` exactly.
 
     Args:
-        x: Integer-valued, magnitude at most 127, float32.
+        x: Integer-valued, magnitude at most 127, float32 or int8.
         weight: Integer-valued, magnitude at most 127, float32 or int8.
 
     Returns:
         The integer-valued product, float32: exact while in_features * 127 * max|weight| < 2^24,
         which holds for ternary weights up to 132,000 inputs.
     """
-    # With a single input torch._int_mm of torch 2.13 returns garbage; short rows gain nothing.
-    if active_path(x.device) == "int8" and x.shape[-1] >= _SHORTEST and x.numel() and len(weight):
-        rows = x.reshape(-1, x.shape[-1]).to(torch.int8)
+    width = x.shape[-1]
+    if int8_serves(x.device, x.numel() // max(width, 1), width, len(weight)):
+        rows = x.reshape(-1, width).to(torch.int8)
         product = torch._int_mm(rows, weight.to(torch.int8).t())
         # Reshaped first: what an autograd function returns must be no view, lest it be refused
         # where a model changes it in place.
         return product.reshape(*x.shape[:-1], weight.shape[0]).float()
+    x = x if x.is_floating_point() else x.float()
     return torch.nn.functional.linear(x, weight.to(x.dtype))
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..quantizers import Grid
+from . import _operators as _operators
 from ._build import BuildError, library
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "active",
     "encoder_block",
     "fits",
+    "isa_index",
     "native",
     "packed_linear",
     "panel_bytes",
@@ -95,13 +97,14 @@ def native() -> Native:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _index() -> int:
+def isa_index() -> int:
+    """Returns the index of the instruction set in use, -1 without compiled kernels."""
     return native().index if native().active else -1
 
 
 def active() -> bool:
     """Whether compiled kernels serve here; torch.compile and torch.export may ask it."""
-    return _index() >= 0
+    return isa_index() >= 0
 
 
 def _register_fake() -> None:
@@ -195,7 +198,7 @@ def packed_linear(
         grid.lo,
         levels,
         ACTIVATIONS[activation],
-        _index() if isa is None else isa,
+        isa_index() if isa is None else isa,
     )
 
 

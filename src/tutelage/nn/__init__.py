@@ -25,7 +25,6 @@ from ._kinds import why_unsupported as why_unsupported
 from ._linear import Arithmetic as Arithmetic
 from ._linear import QuantLinear as QuantLinear
 from ._linear import quantized_linear as quantized_linear
-from ._linear import scaled_integer_linear as scaled_integer_linear
 from ._packed import PackedConv2d as PackedConv2d
 from ._packed import PackedEmbedding as PackedEmbedding
 from ._packed import PackedLinear as PackedLinear

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..kernels import integer_matmul
+from ..kernels import integer_matmul, quantize
 from ..quantizers import BaseQuantizer, Quantized
+from ._latent import latent, passed
 from ._precision import in_float32, without_autocast
 
 __all__ = ["AttentionQuantizer"]
@@ -18,8 +19,8 @@ __all__ = ["AttentionQuantizer"]
 class _QuantScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, q: Any, k: Any, scaling: float) -> Tensor:
-        qq, qk = q.quantize(query), k.quantize(key)
-        ctx.save_for_backward(query, key, *qq, *qk)
+        qq, qk = quantize(q, query), quantize(k, key)
+        ctx.save_for_backward(latent(q, query), latent(k, key), *qq, *qk)
         ctx.quantizers, ctx.scaling = (q, k), scaling
         scores = integer_matmul(qq.codes, qk.codes.transpose(-1, -2), q.grid.hi * k.grid.hi)
         return scores.mul_(qq.scale * scaling).mul_(qk.scale.transpose(-1, -2))
@@ -32,22 +33,22 @@ class _QuantScores(torch.autograd.Function):
         grad_query = grad_key = None
         if ctx.needs_input_grad[0]:
             grad_query = torch.matmul(grad * k_scale.transpose(-1, -2), k_codes) * ctx.scaling
-            grad_query = q.estimator(grad_query, query, Quantized(q_codes, q_scale), q.grid)
+            grad_query = passed(q, grad_query, query, Quantized(q_codes, q_scale))
         if ctx.needs_input_grad[1]:
             grad_key = torch.matmul((grad * q_scale).transpose(-1, -2), q_codes) * ctx.scaling
-            grad_key = k.estimator(grad_key, key, Quantized(k_codes, k_scale), k.grid)
+            grad_key = passed(k, grad_key, key, Quantized(k_codes, k_scale))
         return grad_query, grad_key, None, None, None
 
 
 class _QuantContext(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attention_map: Tensor, value: Tensor, p: Any, v: Any) -> Tensor:
-        qv = v.quantize(value)
+        qv = quantize(v, value)
         # One scale per key cannot leave the sum over keys: it joins the map before that is rounded.
         folded = v.granularity == "row"
         key_scale = qv.scale.transpose(-1, -2)
-        qp = p.quantize(attention_map * key_scale if folded else attention_map)
-        ctx.save_for_backward(attention_map, value, *qp, *qv)
+        qp = quantize(p, attention_map, factor=key_scale if folded else None)
+        ctx.save_for_backward(latent(p, attention_map), latent(v, value), *qp, *qv)
         ctx.quantizers, ctx.folded = (p, v), folded
         context = integer_matmul(qp.codes, qv.codes, p.grid.hi * v.grid.hi)
         return context.mul_(qp.scale if folded else qp.scale * qv.scale)
@@ -60,12 +61,12 @@ class _QuantContext(torch.autograd.Function):
         grad_map = grad_value = None
         if ctx.needs_input_grad[0]:
             grad_map = torch.matmul(grad, (v_codes * v_scale).transpose(-1, -2))
-            grad_map = p.estimator(grad_map, attention_map, Quantized(p_codes, p_scale), p.grid)
+            grad_map = passed(p, grad_map, attention_map, Quantized(p_codes, p_scale))
         if ctx.needs_input_grad[1]:
             grad_value = torch.matmul(p_codes.transpose(-1, -2), grad * p_scale)
             if ctx.folded:
                 grad_value = grad_value / v_scale
-            grad_value = v.estimator(grad_value, value, Quantized(v_codes, v_scale), v.grid)
+            grad_value = passed(v, grad_value, value, Quantized(v_codes, v_scale))
         return grad_map, grad_value, None, None
 
 

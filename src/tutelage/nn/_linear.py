@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..kernels import integer_linear
+from ..kernels import dequantize, quantize, scaled_integer_linear
 from ..quantizers import Quantized, Quantizer
+from ._latent import latent, passed
 from ._precision import in_float32, without_autocast
 from ._weight import QuantWeight
 
@@ -18,7 +19,6 @@ __all__ = [
     "QuantLinear",
     "QuantProduct",
     "quantized_linear",
-    "scaled_integer_linear",
 ]
 
 
@@ -45,30 +45,8 @@ def quantized_linear(
         arithmetic: See ``Arithmetic``.
     """
     if arithmetic == "float":
-        return nn.functional.linear(x.dequantize(), weight.dequantize(), bias)
+        return nn.functional.linear(dequantize(x), dequantize(weight), bias)
     return scaled_integer_linear(x, weight, bias)
-
-
-def scaled_integer_linear(
-    x: Quantized,
-    weight: Quantized,
-    bias: Float[Tensor, " out_features"] | None,
-) -> Float[Tensor, "*batch out_features"]:
-    """Computes ``((codes_x @ codes_w.T) * scale_x) * scale_w + bias``, in this order.
-
-    Training, the packed modules and every kernel use this order, so that they agree bit for bit.
-
-    Args:
-        x: Quantized input, codes (*batch, in), scale (*batch, 1) or one element.
-        weight: Quantized weight, codes (out, in), float32 or int8, scale (out, 1) or one element.
-        bias: Shape (out,), or ``None``.
-
-    Returns:
-        Float32, shape (*batch, out).
-    """
-    y = integer_linear(x.codes, weight.codes)
-    y.mul_(x.scale).mul_(weight.scale.reshape(-1))
-    return y if bias is None else y.add_(bias)
 
 
 class _QuantLinearFunction(torch.autograd.Function):
@@ -82,9 +60,11 @@ class _QuantLinearFunction(torch.autograd.Function):
         weight_quantizer: Quantizer,
         arithmetic: Arithmetic,
     ) -> Tensor:
-        qx = input_quantizer.quantize(x)
-        qw = weight_quantizer.quantize(weight)
-        ctx.save_for_backward(x, weight, *qx, *qw)
+        compact = arithmetic == "integer"
+        qx = quantize(input_quantizer, x, compact=compact)
+        qw = quantize(weight_quantizer, weight, compact=compact)
+        kept = (latent(input_quantizer, x), latent(weight_quantizer, weight))
+        ctx.save_for_backward(*kept, *qx, *qw)
         ctx.quantizers = (input_quantizer, weight_quantizer)
         return quantized_linear(qx, qw, bias, arithmetic)
 
@@ -92,20 +72,17 @@ class _QuantLinearFunction(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        x, weight, x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
+        x, weight, *quantized = ctx.saved_tensors
+        qx, qw = Quantized(*quantized[:2]), Quantized(*quantized[2:])
         input_quantizer, weight_quantizer = ctx.quantizers
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.matmul(grad * w_scale.reshape(-1), w_codes)
-            grad_x = input_quantizer.estimator(
-                grad_x, x, Quantized(x_codes, x_scale), input_quantizer.grid
-            )
+            grad_x = torch.matmul(grad, dequantize(qw))
+            grad_x = passed(input_quantizer, grad_x, x, qx)
         if ctx.needs_input_grad[1]:
-            scaled = (grad * x_scale).reshape(-1, grad.shape[-1])
-            grad_weight = torch.matmul(scaled.t(), x_codes.reshape(-1, x_codes.shape[-1]))
-            grad_weight = weight_quantizer.estimator(
-                grad_weight, weight, Quantized(w_codes, w_scale), weight_quantizer.grid
-            )
+            values = dequantize(qx).reshape(-1, qx.codes.shape[-1])
+            grad_weight = torch.matmul(grad.reshape(-1, grad.shape[-1]).t(), values)
+            grad_weight = passed(weight_quantizer, grad_weight, weight, qw)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_weight, grad_bias, None, None, None

@@ -15,6 +15,7 @@ from ..kernels import (
     fits,
     packed_linear,
     packed_linear_cuda,
+    quantize,
     resident_codes,
     to_panels,
 )
@@ -298,7 +299,7 @@ class PackedLinear(PackedWeight):
             values = self.codes().float() * scale
             return nn.functional.linear(input.to(values.dtype), values, self.bias)
         weight = Quantized(self.codes(), scale)
-        quantized = quantizer.quantize(input)
+        quantized = quantize(quantizer, input, compact=self.arithmetic == "integer")
         return quantized_linear(quantized, weight, self.bias, self.arithmetic)
 
     def extra_repr(self) -> str:

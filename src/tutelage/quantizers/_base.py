@@ -113,8 +113,12 @@ class BaseQuantizer(nn.Module):
 
     def _sum(self, x: Tensor) -> Tensor:
         if self.granularity == "tensor":
+            # Rounds as the published TernaryBERT code does.
             return x.sum().reshape([1] * x.dim())
-        return x.sum(-1, keepdim=True)
+        # In float64 sums of magnitudes within 2^19 of each other are exact, whatever their order:
+        # every kernel and machine finds the same scales.
+        exact = torch.float32 if x.device.type == "mps" else torch.float64
+        return x.sum(-1, keepdim=True, dtype=exact).float()
 
     def _count(self, x: Tensor) -> int:
         return x.numel() if self.granularity == "tensor" or x.dim() == 0 else x.shape[-1]

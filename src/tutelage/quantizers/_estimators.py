@@ -14,7 +14,11 @@ __all__ = ["ClippedSTE", "GradientEstimator", "StraightThrough"]
 
 @runtime_checkable
 class GradientEstimator(Protocol):
-    """Turns the gradient of the quantized value into one of the latent value."""
+    """Turns the gradient of the quantized value into one of the latent value.
+
+    An estimator whose class says ``identity = True`` returns the gradient as it is, so that a
+    training step keeps no latent value for it.
+    """
 
     def __call__(
         self,
@@ -36,6 +40,8 @@ class GradientEstimator(Protocol):
 
 class StraightThrough:
     """The plain straight-through estimator: dL/dx = dL/dq (Bengio et al., arXiv 1308.3432)."""
+
+    identity = True
 
     def __call__(
         self,

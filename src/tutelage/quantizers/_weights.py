@@ -38,7 +38,7 @@ class TernaryQuantizer(BaseQuantizer):
         mean = self._sum(magnitude) / max(self._count(w), 1)
         keep = (magnitude > mean * self.threshold).float()
         scale = self._sum(magnitude.mul_(keep)) / self._sum(keep).clamp_(min=1.0)
-        # Adding 0 makes -0 the 0 that is packed; mean * 0 is NaN for a row whose sum overflowed.
+        # Adding 0 makes -0 the 0 that is packed; mean * 0 is NaN for a row that is not finite.
         return Quantized(keep.mul_(torch.sign(w)).add_(0.0), scale + mean * 0.0)
 
 
@@ -78,4 +78,5 @@ class FourLevelQuantizer(BaseQuantizer):
         codes = (magnitude > mean * self.threshold).float().mul_(2.0).add_(1.0)
         scale = self._sum(magnitude.mul_(codes)) / self._sum(codes.square()).clamp_(min=1.0)
         codes = torch.where(w < 0, -codes, codes)
-        return Quantized(codes, scale)
+        # mean * 0 is NaN for a row that is not finite.
+        return Quantized(codes, scale + mean * 0.0)

@@ -12,12 +12,12 @@ from torch import Tensor
 from ._planes import quantize_kernel, spread_kernel
 from ._tiles import gemm, gemv
 
-__all__ = ["quantized", "weight_only"]
+__all__ = ["EXACT", "quantized", "weight_only"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 # float32 multiplies and additions stay separate instructions, as in the reference.
-_EXACT: dict[str, Any] = {} if _INTERPRETED else {"enable_fp_fusion": False}
+EXACT: dict[str, Any] = {} if _INTERPRETED else {"enable_fp_fusion": False}
 
 
 def quantized(
@@ -138,7 +138,7 @@ def _one_token(
         BLOCK_W=block,
         **epilogue,
         **blocks,
-        **_EXACT,
+        **EXACT,
     )
 
 
@@ -163,7 +163,7 @@ def _quantize(
         FIELDS=fields,
         BLOCK=block,
         **warps,
-        **_EXACT,
+        **EXACT,
     )
     return planes, scales, sums
 
@@ -182,7 +182,7 @@ def _spread(tokens: Tensor, packed_width: int, fields: int, terms: int) -> Tenso
         FIELDS=fields,
         TERMS=terms,
         BLOCK=block,
-        **_EXACT,
+        **EXACT,
     )
     return planes
 
@@ -224,5 +224,5 @@ def _product(
         GROUP=8,
         **epilogue,
         **blocks,
-        **_EXACT,
+        **EXACT,
     )

@@ -188,7 +188,7 @@ void gemm(const Weight& w, const Input& in, const Output& out, int64_t row, int6
 }  // namespace
 
 const Isa* amx_isa() {
-  static const Isa isa{"amx_int8", quantize512, gemm};
+  static const Isa isa{"amx_int8", quantize512, gemm, rows512()};
   return &isa;
 }
 

@@ -1,6 +1,7 @@
 // AVX2: sums of 16 bits, which hold 32 steps of depth 4, are widened to 32 bits.
 #include <immintrin.h>
 
+#include "rows.h"
 #include "scalar.h"
 
 namespace tutelage {
@@ -119,7 +120,7 @@ void quantize(const float* x, int64_t begin, int64_t end, int64_t width, int64_t
 }  // namespace
 
 const Isa* avx2_isa() {
-  static const Isa isa{"avx2", quantize, gemm};
+  static const Isa isa{"avx2", quantize, gemm, rows_of_this_file()};
   return &isa;
 }
 

@@ -47,6 +47,79 @@ struct Output {
   Activation activation;
 };
 
+// Rows of up to four dimensions that need not lie one after the other; the last is contiguous.
+struct Strides {
+  int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};
+  int64_t offset(int64_t row) const {
+    const int64_t last = row % size[2], rest = row / size[2];
+    return last * stride[2] + rest % size[1] * stride[1] + rest / size[1] * stride[0];
+  }
+};
+
+// Uniform quantization of every row of x times factor: scale = largest / top, codes
+// round(x / scale). Codes go to bytes, or to floats where bytes is nullptr.
+struct UniformRows {
+  const float* x;
+  Strides rows;
+  const float* factor;  // or nullptr
+  Strides factor_rows;
+  int64_t width;
+  float top;
+  bool has_sign;  // largest is that of the magnitudes; else codes below zero become zero
+  int8_t* bytes;
+  float* floats;
+  float* scale;
+};
+
+enum class WeightKind : int { ternary = 0, binary = 1, four_level = 2 };
+
+// A threshold from the mean magnitude of a row, the codes, and their least-squares scale. Sums are
+// of float64, which hold them exactly unless magnitudes differ by more than 2^19.
+struct WeightRows {
+  const float* x;
+  int64_t width;
+  WeightKind kind;
+  float threshold;  // in mean magnitudes
+  int8_t* bytes;
+  float* floats;
+  float* scale;
+};
+
+// ((sums * row scale) * column scale) + bias in place: int32 becomes float32.
+struct SumRows {
+  int32_t* sums;
+  int64_t width;
+  const float* row_scale;
+  bool per_row;
+  const float* column_scale;
+  bool per_column;
+  const float* bias;  // or nullptr
+};
+
+// Differences (own - other) * mask: their squares are summed by row, or, where out is given, they
+// are written there times gain.
+struct ErrorRows {
+  const float* own;
+  const float* other;
+  const float* mask;  // or nullptr
+  Strides mask_rows;
+  bool mask_per_value;
+  int64_t width;
+  double* sums;
+  const float* gain;
+  float* out;
+};
+
+// What a training step does to rows [begin, end).
+struct Rows {
+  void (*uniform)(const UniformRows&, int64_t begin, int64_t end);
+  void (*weight)(const WeightRows&, int64_t begin, int64_t end);
+  void (*scale_codes)(const int8_t* codes, const float* scale, bool per_row, int64_t width,
+                      float* out, int64_t begin, int64_t end);
+  void (*scale_sums)(const SumRows&, int64_t begin, int64_t end);
+  void (*squared)(const ErrorRows&, int64_t begin, int64_t end);
+};
+
 struct Isa {
   const char* name;
   // Symmetric quantization of rows [begin, end): scale = max|x| / top, codes round(x / scale),
@@ -57,6 +130,7 @@ struct Isa {
   // [row, row_end) and outputs of tiles [tile, tile_end).
   void (*gemm)(const Weight&, const Input&, const Output&, int64_t row, int64_t row_end,
                int64_t tile, int64_t tile_end);
+  const Rows* rows;
 };
 
 // Codes that the operands of attention reach: signed of Q, K, V, unsigned of the map.
@@ -90,6 +164,7 @@ struct Block {
 };
 
 const Block* block512();  // nullptr where it was not compiled
+const Rows* rows512();    // likewise
 
 const Isa* scalar_isa();
 const Isa* avx2_isa();    // nullptr where it was not compiled

@@ -1,4 +1,5 @@
 // The plain path: what the others are checked against, and what serves any processor.
+#include "rows.h"
 #include "scalar.h"
 
 namespace tutelage {
@@ -28,7 +29,7 @@ void gemm(const Weight& w, const Input& in, const Output& out, int64_t row, int6
 }  // namespace
 
 const Isa* scalar_isa() {
-  static const Isa isa{"scalar", quantize_scalar, gemm};
+  static const Isa isa{"scalar", quantize_scalar, gemm, rows_of_this_file()};
   return &isa;
 }
 

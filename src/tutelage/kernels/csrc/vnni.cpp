@@ -102,7 +102,7 @@ void gemm(const Weight& w, const Input& in, const Output& out, int64_t row, int6
 }  // namespace
 
 const Isa* vnni_isa() {
-  static const Isa isa{"avx512_vnni", quantize512, gemm};
+  static const Isa isa{"avx512_vnni", quantize512, gemm, rows512()};
   return &isa;
 }
 
