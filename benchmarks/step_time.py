@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 
 import tutelage
-from tutelage.distill import SAMPLE_IDS
+from tutelage.distill import SAMPLE_IDS, CudaRecorder
 from tutelage.intervention import stages
 
 MODELS = {
@@ -53,13 +53,20 @@ MODELS = {
 }
 VARIANTS = {
     "plain-bf16": "plain fine-tuning under autocast to bfloat16",
+    "plain-bf16-graphed": "the same as one CUDA graph",
     "live": "live teacher",
     "live-bf16-teacher": "live teacher in bfloat16",
     "bf16": "live teacher, both under autocast to bfloat16",
     "cached": "cached teacher, float32",
     "cached-int8": "cached teacher, int8",
     "compiled": "live teacher, student through torch.compile",
+    "graphed": "live teacher, the step as a CUDA graph",
+    "graphed-bf16": "the same, both under autocast to bfloat16",
+    "graphed-cached": "cached teacher, the step as a CUDA graph",
 }
+
+
+_PROFILED = 3
 
 
 def make(name: str) -> nn.Module:
@@ -93,16 +100,19 @@ def autocast(device: torch.device, on: bool) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
 
-def optimizer_of(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, fused: bool, graphed: bool = False) -> torch.optim.Optimizer:
     """Returns AdamW, in torch's default form or in one fused pass."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, **({"fused": True} if fused else {}))
+    settings = {name: True for name, on in (("fused", fused), ("capturable", graphed)) if on}
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, **settings)
 
 
-def plain(args: argparse.Namespace, batch: dict[str, Tensor], half: bool) -> Callable[[], object]:
+def plain(
+    args: argparse.Namespace, batch: dict[str, Tensor], half: bool, graphed: bool = False
+) -> Callable[[], object]:
     """Returns a fine-tuning step."""
     device = batch["labels"].device
     model = make(args.model).to(device).train()
-    optimizer = optimizer_of(model, args.fused)
+    optimizer = optimizer_of(model, args.fused, graphed)
 
     def step() -> None:
         with autocast(device, half):
@@ -112,7 +122,11 @@ def plain(args: argparse.Namespace, batch: dict[str, Tensor], half: bool) -> Cal
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    if not graphed:
+        return step
+    recorder = CudaRecorder()
+    recorder.warm_up(step, 3)
+    return recorder.record(step)
 
 
 def variant(
@@ -127,7 +141,7 @@ def variant(
     student.train()
     half = torch.bfloat16 if name == "live-bf16-teacher" else torch.float32
     distiller = tutelage.Distiller(student, tutelage.LiveTeacher(teacher, dtype=half))
-    if name.startswith("cached"):
+    if "cached" in name:
         rows = torch.arange(len(batch["labels"]))
         inputs = {k: v for k, v in batch.items() if k != "labels"} | {SAMPLE_IDS: rows}
         codec = "int8" if name == "cached-int8" else "float32"
@@ -139,10 +153,18 @@ def variant(
         del teacher
     train_step = tutelage.TrainStep(distiller, optimizer_of(student, args.fused))
     model = torch.compile(student) if name == "compiled" else None
+    graphed = tutelage.GraphedTrainStep(train_step) if name.startswith("graphed") else None
+
+    given: Any = batch
+    if args.micro_batches > 1:
+        parts = {key: value.chunk(args.micro_batches) for key, value in batch.items()}
+        given = [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
 
     def step() -> object:
-        with autocast(device, name == "bf16"):
-            return train_step(batch, stage, model=model)
+        with autocast(device, name.endswith("bf16")):
+            if graphed is not None:
+                return graphed(batch, stage)
+            return train_step(given, stage, model=model)
 
     return step
 
@@ -165,8 +187,9 @@ def measure(args: argparse.Namespace, rows: int, tokens: int) -> list[dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         for name in args.variants:
             for stage in args.stages if name in ("live", "cached") else args.stages[:1]:
-                if name == "plain-bf16":
-                    call, stage = plain(args, batch, half=True), "-"
+                if name.startswith("plain-bf16"):
+                    graphed = name.endswith("graphed")
+                    call, stage = plain(args, batch, half=True, graphed=graphed), "-"
                 else:
                     call = variant(args, name, batch, stage, Path(folder))
                 pairs = []
@@ -244,7 +267,8 @@ def _peak(
     before, watch = psutil.Process().memory_info().rss, Watch()
     with tempfile.TemporaryDirectory() as folder:
         if name.startswith("plain"):
-            call = plain(args, batch, half=name == "plain-bf16")
+            half, graphed = name.startswith("plain-bf16"), name.endswith("graphed")
+            call = plain(args, batch, half=half, graphed=graphed)
         else:
             call = variant(args, name, batch, stage, Path(folder))
         watch.start()
@@ -254,24 +278,38 @@ def _peak(
     sender.send(found / 2**20)
 
 
-def show_profile(args: argparse.Namespace, rows: int, tokens: int) -> None:
-    """Prints where the time of a step with a live teacher goes."""
+def profile_of(args: argparse.Namespace, rows: int, tokens: int) -> list[dict[str, object]]:
+    """Prints and returns where the time of a step goes, of the first variant and stage."""
     from torch.profiler import ProfilerActivity, profile
 
     device = torch.device(args.device)
     batch = make_batch(args.model, rows, tokens, device)
     with tempfile.TemporaryDirectory() as folder:
-        step = variant(args, "live", batch, args.stages[0], Path(folder))
+        step = variant(args, args.variants[0], batch, args.stages[0], Path(folder))
         for _ in range(2):
             step()
         kinds = [ProfilerActivity.CPU]
         if device.type == "cuda":
             kinds.append(ProfilerActivity.CUDA)
         with profile(activities=kinds) as found:
-            for _ in range(3):
+            for _ in range(_PROFILED):
                 step()
-    key = f"self_{device.type}_time_total"
-    print(found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=40))
+    key = f"self_{device.type}_time_total" if device.type == "cpu" else "self_device_time_total"
+    averages = sorted(found.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in averages)
+    table: list[dict[str, object]] = []
+    print("| operation | ms a step | share | calls a step |\n|---|---|---|---|")
+    for event in averages[:25]:
+        spent = getattr(event, key)
+        row = {
+            "operation": event.key,
+            "ms": spent / 1e3 / _PROFILED,
+            "share": spent / total,
+            "calls": event.count / _PROFILED,
+        }
+        table.append(row)
+        print("| {operation} | {ms:.2f} | {share:.1%} | {calls:.0f} |".format(**row))
+    return table
 
 
 def device_name(device: torch.device) -> str:
@@ -299,13 +337,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fused", action="store_true", help="AdamW in one fused pass, for all")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--micro-batches", type=int, default=1, help="a step adds up so many")
     parser.add_argument("--memory", action="store_true", help="measure peak memory, too")
     parser.add_argument("--profile", action="store_true", help="say where the time goes")
     parser.add_argument("--float32-products", action="store_true", help="as without VNNI or AMX")
+    parser.add_argument("--tf32", action="store_true", help="float32 products in TF32, for all")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.float32_products:
         tutelage.kernels._integer._int8_is_fast = lambda: False
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
     torch.set_num_threads(args.threads)
     machine = {
         "device": device_name(torch.device(args.device)),
@@ -313,6 +355,8 @@ def main() -> None:
         "integer_products": tutelage.kernels.active_path(torch.device(args.device)),
         "optimizer": "fused AdamW" if args.fused else "AdamW",
         "checkpointing": args.checkpointing,
+        "micro_batches": args.micro_batches,
+        "float32_products": torch.get_float32_matmul_precision(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -322,15 +366,23 @@ def main() -> None:
     print(f"| batch | variant | stage | plain ms | step ms | ratio (median) | min | max |{memory}")
     print("|---|---|---|---|---|---|---|---|" + ("---|" if args.memory else ""))
     rows: list[dict[str, object]] = []
+    memories: dict[str, float] = {}
+    profiles: dict[str, list[dict[str, object]]] = {}
     for shape in args.shapes:
         batch, tokens = map(int, shape.split("x"))
         rows += measure(args, batch, tokens)
         if args.memory:
-            print(f"plain fine-tuning: {peak(args, 'plain', batch, tokens, '-'):.0f} MiB at most")
+            memories[shape] = peak(args, "plain", batch, tokens, "-")
+            print(f"plain fine-tuning: {memories[shape]:.0f} MiB at most")
         if args.profile:
-            show_profile(args, batch, tokens)
+            profiles[shape] = profile_of(args, batch, tokens)
+    found = {"machine": machine, "rows": rows}
+    if memories:
+        found["plain_peak_mib"] = memories
+    if profiles:
+        found["profile"] = profiles
     if args.output:
-        args.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import copy
 import functools
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +306,21 @@ def trainer_for(
         callbacks=callbacks,
         compute_metrics=compute_metrics,
     )
+
+
+class Again:
+    """Repeats a function on the tensors it was recorded with, as a graph does."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def warm_up(self, function: Callable[[], None], times: int) -> None:
+        for _ in range(times):
+            function()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+        return function
 
 
 class RefuseSync(TorchDispatchMode):

@@ -12,28 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import tutelage
-from helpers import make_batch, tiny
+from helpers import Again, make_batch, tiny
 from tutelage.distill import SAMPLE_IDS, CudaRecorder
 from tutelage.errors import DataError, RecipeError, UnsupportedModelError
 from tutelage.intervention import stages
 from tutelage.train._optim import BertAdam, reset_state
 
 STEPS = 100
-
-
-class Again:
-    """Repeats a function on the tensors it was recorded with, as a graph does."""
-
-    def __init__(self) -> None:
-        self.recorded = 0
-
-    def warm_up(self, function: Callable[[], None], times: int) -> None:
-        for _ in range(times):
-            function()
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        self.recorded += 1
-        return function
 
 
 def make_student(teacher: nn.Module) -> nn.Module:

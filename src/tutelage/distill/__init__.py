@@ -8,11 +8,11 @@ from ._context import LossValue as LossValue
 from ._context import StepContext as StepContext
 from ._distiller import Distiller as Distiller
 from ._distiller import StepOutput as StepOutput
-from ._graphed_step import CudaRecorder as CudaRecorder
 from ._graphed_step import GraphedTrainStep as GraphedTrainStep
-from ._graphed_step import Recorder as Recorder
 from ._logit_terms import LabelCrossEntropy as LabelCrossEntropy
 from ._logit_terms import Logits as Logits
+from ._recorder import CudaRecorder as CudaRecorder
+from ._recorder import Recorder as Recorder
 from ._sample_ids import SAMPLE_IDS as SAMPLE_IDS
 from ._sample_ids import with_sample_ids as with_sample_ids
 from ._signal_terms import AttentionMapKL as AttentionMapKL

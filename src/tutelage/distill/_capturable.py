@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from ..errors import RecipeError
 __all__ = ["hold_rates", "make_capturable"]
 
 
-def make_capturable(optimizer: torch.optim.Optimizer) -> None:
+def make_capturable(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Turns the learning rates of an optimizer into tensors, and its update into one for graphs.
 
     Schedulers of torch write into such a tensor in place.
@@ -20,6 +18,9 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
     Args:
         optimizer: ``Adam``, ``AdamW``, or one whose class says ``capturable = True``; changed in
             place.
+
+    Returns:
+        The learning rate of every group.
 
     Raises:
         RecipeError: Its update cannot be captured.
@@ -30,10 +31,9 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
             f"the update of {type(optimizer).__name__} cannot be captured in a CUDA graph; use "
             "torch.optim.AdamW, or train without graphs."
         )
+    rates = []
     for group in optimizer.param_groups:
-        if not group["params"]:
-            continue
-        device = group["params"][0].device
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
         if not isinstance(group["lr"], Tensor):
             group["lr"] = torch.full((), float(group["lr"]), device=device)
         elif group["lr"].device != device:
@@ -44,14 +44,16 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
                 step = optimizer.state.get(parameter, {}).get("step")
                 if step is not None and step.device != device:
                     optimizer.state[parameter]["step"] = step.to(device)
+        rates.append(group["lr"])
+    return rates
 
 
-def hold_rates(optimizer: torch.optim.Optimizer, rates: list[Any]) -> None:
+def hold_rates(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> None:
     """Writes rates that were set as numbers into the tensors that graphs read.
 
     Args:
         optimizer: The optimizer.
-        rates: The tensor of every group when it was captured.
+        rates: What ``make_capturable`` returned.
     """
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if group["lr"] is rate:

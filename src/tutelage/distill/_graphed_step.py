@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,68 +14,13 @@ from ..intervention import NO_INTERVENTION
 from ..sites import Signals, Site, SiteMap
 from ._capturable import hold_rates, make_capturable
 from ._distributed import gradient_group, processes
+from ._recorder import CudaRecorder, Recorder
 from ._sample_ids import SAMPLE_IDS
 from ._train_step import TrainStep
 
-__all__ = ["CudaRecorder", "GraphedTrainStep", "Recorder"]
+__all__ = ["GraphedTrainStep"]
 
 _WARM_UP = 3
-
-
-class Recorder(Protocol):
-    """Turns a function into one that repeats its work without Python."""
-
-    def warm_up(self, function: Callable[[], None], times: int) -> None:
-        """Runs a function, so that whatever is made on first use is there."""
-        ...
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Returns what repeats the function's work on the tensors it was recorded with."""
-        ...
-
-
-class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory; they never run at the same time."""
-
-    def __init__(self) -> None:
-        """Refuses a machine without CUDA.
-
-        Raises:
-            UnsupportedModelError: There is no CUDA device.
-        """
-        if not torch.cuda.is_available():
-            raise UnsupportedModelError(
-                "CUDA graphs need a CUDA device; use TrainStep on this machine."
-            )
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, function: Callable[[], None], times: int) -> None:
-        """Runs a function on a stream of its own.
-
-        Args:
-            function: The function.
-            times: How often.
-        """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(times):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Captures a function.
-
-        Args:
-            function: The function; it is not run.
-
-        Returns:
-            Replays it.
-        """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            function()
-        return graph.replay
 
 
 @dataclass
@@ -103,8 +48,8 @@ class _Graph:
     batch: dict[str, Tensor]
     progress: Tensor | None
     answers: _Answers | None
-    rates: list[Any]
     terms: dict[str, Tensor]
+    norms: list[Tensor]
     replay: Callable[[], None]
 
 
@@ -124,6 +69,7 @@ class GraphedTrainStep:
     Attributes:
         train_step: What is recorded.
         max_graphs: How many graphs are kept.
+        grad_norm: As of ``TrainStep``.
     """
 
     def __init__(
@@ -150,10 +96,11 @@ class GraphedTrainStep:
             )
         self.train_step = train_step
         self.max_graphs = max_graphs
+        self.grad_norm: Tensor | None = None
         self._recorder = CudaRecorder() if recorder is None else recorder
         self._optimizer = train_step.optimizer
         self._graphs: dict[Any, _Graph] = {}
-        make_capturable(self._optimizer)
+        self._rates = make_capturable(self._optimizer)
 
     def __len__(self) -> int:
         """Returns the number of graphs."""
@@ -162,7 +109,7 @@ class GraphedTrainStep:
     def forget(self) -> None:
         """Drops all graphs; the next calls record anew."""
         self._graphs.clear()
-        make_capturable(self._optimizer)
+        self._rates = make_capturable(self._optimizer)
 
     def __call__(
         self,
@@ -185,24 +132,16 @@ class GraphedTrainStep:
             DataError: The batch holds something that is no tensor, or there are too many shapes.
             TutelageError: As ``TrainStep``, while a graph is recorded.
         """
+        reason = self.reason_against(batch, stage, progress=progress)
+        if reason:
+            raise DataError(reason)
         keys = batch.get(SAMPLE_IDS)
-        tensors = {name: value for name, value in batch.items() if name != SAMPLE_IDS}
-        for name, value in tensors.items():
-            if not isinstance(value, Tensor):
-                raise DataError(
-                    f"the batch's {name!r} is no tensor, so that a graph cannot follow it; leave "
-                    "it out, or use TrainStep."
-                )
+        tensors = _without_ids(batch)
+        hold_rates(self._optimizer, self._rates)
         found = self._ask(tensors, keys, stage)
         key = self._key(tensors, stage, progress)
         graph = self._graphs.get(key)
         if graph is None:
-            if len(self._graphs) >= self.max_graphs:
-                raise DataError(
-                    f"the batches came in more than {self.max_graphs} shapes and stages, each with "
-                    "a graph of its own; pad them to few lengths (pad_to_multiple_of in the "
-                    "collator), or raise max_graphs."
-                )
             graph = self._graphs[key] = self._record(tensors, stage, progress, found)
         for name, value in tensors.items():
             graph.batch[name].copy_(value)
@@ -210,9 +149,41 @@ class GraphedTrainStep:
             graph.progress.copy_(progress)
         if graph.answers is not None and found is not None:
             graph.answers.take(*found)
-        hold_rates(self._optimizer, graph.rates)
         graph.replay()
+        self.grad_norm = graph.norms[-1].clone() if graph.norms else None
         return {name: value.clone() for name, value in graph.terms.items()}
+
+    def reason_against(
+        self,
+        batch: Mapping[str, Any],
+        stage: str = NO_INTERVENTION,
+        *,
+        progress: Tensor | None = None,
+    ) -> str:
+        """Says why a call with these arguments would be refused; empty where it would not.
+
+        Args:
+            batch: See ``__call__``.
+            stage: See ``__call__``.
+            progress: See ``__call__``.
+        """
+        tensors = _without_ids(batch)
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor):
+                return (
+                    f"the batch's {name!r} is no tensor, so that a graph cannot follow it; leave "
+                    "it out, or use TrainStep."
+                )
+        if (
+            len(self._graphs) < self.max_graphs
+            or self._key(tensors, stage, progress) in self._graphs
+        ):
+            return ""
+        return (
+            f"the batches came in more than {self.max_graphs} shapes and stages, each with "
+            "a graph of its own; pad them to few lengths (pad_to_multiple_of in the "
+            "collator), or raise max_graphs."
+        )
 
     def _ask(
         self, batch: Mapping[str, Any], keys: Tensor | None, stage: str
@@ -257,6 +228,7 @@ class GraphedTrainStep:
             copies = {site: tuple(t.clone() for t in found[1][site]) for site in found[1]}
             answers = _Answers(distiller.teacher.sites, found[0].clone(), copies)
         terms: dict[str, Tensor] = {}
+        norms: list[Tensor] = []
 
         def step() -> None:
             source = distiller.teacher
@@ -264,6 +236,8 @@ class GraphedTrainStep:
                 distiller.teacher = answers
             try:
                 terms.update(self.train_step(held, stage, progress=at))
+                if self.train_step.grad_norm is not None:
+                    norms[:] = [self.train_step.grad_norm]
             finally:
                 distiller.teacher = source
 
@@ -273,9 +247,12 @@ class GraphedTrainStep:
             self._recorder.warm_up(step, _WARM_UP)
         finally:
             before.restore()
-        rates = [group["lr"] for group in self._optimizer.param_groups]
         replay = self._recorder.record(step)
-        return _Graph(held, at, answers, rates, terms, replay)
+        return _Graph(held, at, answers, terms, norms, replay)
+
+
+def _without_ids(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != SAMPLE_IDS}
 
 
 _VARYING = ("params", "lr", "initial_lr")

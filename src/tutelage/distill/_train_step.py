@@ -24,6 +24,13 @@ class TrainStep:
 
     The gradients are those of one batch that holds the samples of all micro-batches and all
     processes, however unequal their sizes and lengths.
+
+    Attributes:
+        distiller: Computes the loss.
+        optimizer: Updates the student.
+        max_grad_norm: Largest norm of the whole gradient.
+        grad_norm: Norm of the last update's gradient before clipping, 0-dim; ``None`` where
+            nothing is clipped.
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class TrainStep:
         self.distiller = distiller
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
 
     def __call__(
         self,
@@ -152,6 +160,8 @@ class TrainStep:
             raise ValueError("this TrainStep has no optimizer; pass one to update parameters.")
         if self.max_grad_norm is not None:
             parameters = [p for p in self.distiller.student.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True)
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(
+                parameters, self.max_grad_norm, foreach=True
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -144,6 +144,7 @@ def train_student(
         ),
         schedule=plan.schedule,
         losses=plan.losses,
+        graph=section.graph,
         train_dataset=plan.train,
         eval_dataset=plan.eval,
         data_collator=cast("Any", plan.task.collator(plan.processor)),

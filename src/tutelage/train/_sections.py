@@ -246,6 +246,10 @@ class StudentSection(Section):
         default=False,
         description="train under autocast to bfloat16; quantized products stay exact",
     )
+    graph: bool | None = Field(
+        default=None,
+        description="steps as CUDA graphs: true insists, false never; default: where they work",
+    )
     eval_steps: Positive | None = Field(default=None, description="steps between evaluations")
     save_steps: Positive | None = Field(default=None, description="steps between checkpoints")
     keep: Literal["last", "best"] = Field(default="last", description="which weights are kept")

@@ -19,6 +19,7 @@ from ..errors import CheckpointError, NonFiniteLossError
 from ..intervention import Schedule
 from . import _checkpoint, _limits, _sharded
 from ._arguments import QATArguments
+from ._graphed import GraphedSteps
 from ._settings import run_settings
 from ._two_steps import TwoStepTrainer
 
@@ -46,6 +47,7 @@ class QATTrainer(TwoStepTrainer):
         *,
         schedule: Schedule | None = None,
         losses: Losses | None = None,
+        graph: bool | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         data_collator: Any = None,
@@ -62,6 +64,9 @@ class QATTrainer(TwoStepTrainer):
             args: ``QATArguments``; plain ``TrainingArguments`` are taken as they are.
             schedule: When the teacher intervenes.
             losses: Loss terms, ``tutelage.losses.default()`` if ``None``.
+            graph: Whether steps run as CUDA graphs, see ``GraphedTrainStep``. ``None`` takes them
+                where they work and warns once where, on a CUDA device, they do not; ``True``
+                insists.
             train_dataset: As in ``Trainer``.
             eval_dataset: As in ``Trainer``.
             data_collator: As in ``Trainer``.
@@ -102,6 +107,7 @@ class QATTrainer(TwoStepTrainer):
         # Otherwise transformers multiplies eval_loss by the number of processes.
         self.model_accepts_loss_kwargs = False
         self._step = TrainStep(self.distiller, None)
+        self._graphs = GraphedSteps(self, graph)
         self._parts: list[Any] = []
         self._counts: Mapping[str, Tensor | int] | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}
@@ -128,6 +134,7 @@ class QATTrainer(TwoStepTrainer):
             NonFiniteLossError: The loss became NaN or infinite.
         """
         self._active_schedule = self.schedule
+        self._graphs.begin()
         if resume_from_checkpoint is True:
             folder = Path(cast("str", self.args.output_dir))
             found = _checkpoint.latest_checkpoint(folder)
@@ -149,10 +156,12 @@ class QATTrainer(TwoStepTrainer):
             optimizer: As in ``Trainer``.
 
         Raises:
-            RecipeError: As ``TwoStepTrainer.create_scheduler``, or a stage is unknown.
+            RecipeError: As ``TwoStepTrainer.create_scheduler``, or a stage is unknown, or graphs
+                were asked for and cannot be had.
             SiteError: A stage needs a signal that is out of reach.
         """
         made = super().create_scheduler(num_training_steps, optimizer)
+        self._graphs.check()
         for stage in self.active_schedule.stages:
             self.distiller.check(stage)
         return made
@@ -194,23 +203,45 @@ class QATTrainer(TwoStepTrainer):
         stage = self.active_schedule(step)
         parts = self._parts if any(inputs is part for part in self._parts) else [inputs]
         begins = inputs is parts[0]
-        # Accelerate wraps the student alone in autocast; the teacher is to run in it, too.
-        with self.accelerator.autocast():
-            if begins:
-                here = [self._prepare_inputs(part) for part in parts]
-                self._counts = self._step.counts(here, stage, model=model)
-            terms = self._step.accumulate(
-                self._prepare_inputs(inputs),
-                stage,
-                progress=torch.full((), step / length, device=self.args.device),
-                model=model,
-                backward=self._backward,
-                counts=self._counts,
-            )
+        progress = torch.full((), step / length, device=self.args.device)
+        terms = self._graphs.run(self._prepare_inputs(inputs), stage, progress)
+        if terms is None:
+            terms = self._eager(model, inputs, parts, stage, progress)
         for name, value in terms.items():
             total, steps = self._sums.get(name, (torch.zeros_like(value), 0))
             self._sums[name] = (total + value, steps + begins)
         return terms["loss"]
+
+    def _eager(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        parts: list[Any],
+        stage: str,
+        progress: Tensor,
+    ) -> dict[str, Tensor]:
+        # Accelerate wraps the student alone in autocast; the teacher is to run in it, too.
+        with self.accelerator.autocast():
+            if inputs is parts[0]:
+                here = [self._prepare_inputs(part) for part in parts]
+                self._counts = self._step.counts(here, stage, model=model)
+            return self._step.accumulate(
+                self._prepare_inputs(inputs),
+                stage,
+                progress=progress,
+                model=model,
+                backward=self._backward,
+                counts=self._counts,
+            )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # A graph holds the whole step: its gradients are clipped, used and gone.
+        return self._graphs.grad_norm if self._graphs.done else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self._graphs.done:
+            return self._graphs.grad_norm
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):
