@@ -59,7 +59,6 @@ VARIANTS = {
     "bf16": "live teacher, both under autocast to bfloat16",
     "cached": "cached teacher, float32",
     "cached-int8": "cached teacher, int8",
-    "compiled": "live teacher, student through torch.compile",
     "graphed": "live teacher, the step as a CUDA graph",
     "graphed-bf16": "the same, both under autocast to bfloat16",
     "graphed-cached": "cached teacher, the step as a CUDA graph",
@@ -152,7 +151,6 @@ def variant(
         batch = inputs
         del teacher
     train_step = tutelage.TrainStep(distiller, optimizer_of(student, args.fused))
-    model = torch.compile(student) if name == "compiled" else None
     graphed = tutelage.GraphedTrainStep(train_step) if name.startswith("graphed") else None
 
     given: Any = batch
@@ -164,7 +162,7 @@ def variant(
         with autocast(device, name.endswith("bf16")):
             if graphed is not None:
                 return graphed(batch, stage)
-            return train_step(given, stage, model=model)
+            return train_step(given, stage)
 
     return step
 
@@ -182,6 +180,8 @@ def measure(args: argparse.Namespace, rows: int, tokens: int) -> list[dict[str, 
     """Times all variants and stages at one batch shape."""
     device = torch.device(args.device)
     batch = make_batch(args.model, rows, tokens, device)
+    if "pixel_values" in batch:
+        tokens = (224 // 16) ** 2 + 1
     baseline = plain(args, batch, half=False)
     found = []
     with tempfile.TemporaryDirectory() as folder:

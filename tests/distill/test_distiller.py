@@ -418,3 +418,20 @@ def test_default_losses_are_used(kind: str) -> None:
     assert [(w.term.name, w.weight) for w in used.terms] == [
         (w.term.name, w.weight) for w in chosen.terms
     ]
+
+
+def test_what_was_compiled_is_refused() -> None:
+    """Its graphs would keep the hooks of the stage that they saw first."""
+    student, teacher = pair("bert")
+    distiller = Distiller(student, teacher)
+    compiled = torch.compile(student, backend="eager")
+    for stage in stages():
+        with pytest.raises(UnsupportedModelError, match=r"torch\.compile.*GraphedTrainStep"):
+            distiller.step(make_batch(), stage, model=compiled)
+    with pytest.raises(UnsupportedModelError, match=r"torch\.compile"):
+        Distiller(compiled, teacher)
+    with pytest.raises(UnsupportedModelError, match=r"torch\.compile"):
+        Distiller(student, torch.compile(tiny("bert"), backend="eager"))
+    student.compile(backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"torch\.compile"):
+        distiller.step(make_batch())

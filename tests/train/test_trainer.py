@@ -775,3 +775,8 @@ def test_the_teacher_is_not_changed_by_training(tmp_path: Path) -> None:
     trainer.train()
     assert differing(before, weights_of(teacher)) == []
     assert differing(before, weights_of(student)) != []
+
+
+def test_torch_compile_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="leave out torch_compile"):
+        trainer_for(tmp_path, torch_compile=True, torch_compile_backend="eager")

@@ -18,7 +18,7 @@ from ..sites import Signals, Site, Tap
 from . import losses as _losses
 from ._context import LossValue, StepContext
 from ._distributed import wrapped_forward
-from ._fit import refuse_other_shape, refuse_shared
+from ._fit import refuse_compiled, refuse_other_shape, refuse_shared
 from ._items import ItemReader, ModelInputs, read_inputs, refuse_other_items
 from ._sample_ids import SAMPLE_IDS
 from ._teacher import LiveTeacher, TeacherSource, prediction
@@ -74,11 +74,13 @@ class Distiller:
             losses: ``losses.default()`` if ``None``.
 
         Raises:
-            UnsupportedModelError: The student was not prepared, or is frozen.
+            UnsupportedModelError: The student was not prepared, is frozen, or one of the two went
+                through ``torch.compile``.
             IncompatibleTeacherError: Shapes differ, or parameters are shared.
             SiteError: A loss term needs a signal that is out of reach.
             RecipeError: The teacher was stored without padding, and padding counts.
         """
+        refuse_compiled(student)
         state = prepared(student)
         if state is None:
             raise UnsupportedModelError(
@@ -113,9 +115,8 @@ class Distiller:
             SiteError: A signal that the stage or its loss terms need is out of reach.
             RecipeError: The stage is unknown or would leave the attention without gradient.
         """
-        active = intervention(stage)
-        sites = {site for w in self.losses.at(stage, self._sites) for site in w.term.requires}
-        replaced = self._replaced(active) or None
+        replaced = self._replaced(intervention(stage)) or None
+        sites = _required(self.losses.at(stage, self._sites))
         Tap(self.student, self._sites, sites, replace=replaced, with_=lambda own, _: own)
 
     def wanted(self, stage: str) -> set[Site]:
@@ -127,8 +128,8 @@ class Distiller:
         Raises:
             RecipeError: The stage is unknown or would leave the attention without gradient.
         """
-        needed = {s for w in self.losses.at(stage, self._sites) for s in w.term.requires}
-        return needed.union(self._replaced(intervention(stage)))
+        required = _required(self.losses.at(stage, self._sites))
+        return required.union(self._replaced(intervention(stage)))
 
     def model_inputs(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """Returns what teacher and student are called with, and the ids of samples.
@@ -199,11 +200,12 @@ class Distiller:
         terms = self.losses.at(stage, self._sites)
         self._refuse_float16()
         given, keys, labels = self._take(batch, terms)
-        sites: set[Site] = {site for weighted in terms for site in weighted.term.requires}
-        want = self.wanted(stage)
+        sites = _required(terms)
+        want = sites.union(self._replaced(active))
         teacher_logits, teacher = self.teacher.get(given.inputs, keys, want)
         tap = self._tap(sites, active, teacher, progress)
         model = self.student if model is None else model
+        refuse_compiled(model)
         with tap, wrapped_forward(self.student, model, tap) as unwrap:
             output = unwrap(model(**given.inputs))
         student_logits, has_logits = prediction(output)
@@ -333,6 +335,10 @@ class Distiller:
             with_=replacement,
             detach=[stage.detach if site == stage.site else ("query", "key") for site in sites],
         )
+
+
+def _required(terms: Iterable[WeightedTerm]) -> set[Site]:
+    return {site for weighted in terms for site in weighted.term.requires}
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import IncompatibleTeacherError
+from ..errors import IncompatibleTeacherError, UnsupportedModelError
 
-__all__ = ["refuse_other_shape", "refuse_shared"]
+__all__ = ["refuse_compiled", "refuse_other_shape", "refuse_shared"]
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuses what went through ``torch.compile``, with or without a wrapper around it.
+
+    Args:
+        model: A student, what it is called through, or a teacher.
+
+    Raises:
+        UnsupportedModelError: It did.
+    """
+    for part in (model, getattr(model, "module", None)):
+        compiled = getattr(part, "_compiled_call_impl", None) is not None
+        # The attribute of torch._dynamo.OptimizedModule; importing that takes seconds.
+        if compiled or "_orig_mod" in getattr(part, "_modules", {}):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} went through torch.compile, which keeps the hooks of the "
+                "stage that it saw first; pass the model as it was, and use GraphedTrainStep on a "
+                "GPU."
+            )
 
 
 def refuse_shared(student: nn.Module, teacher: nn.Module) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ def read_inputs(batch: Mapping[str, Any], model: nn.Module) -> ModelInputs:
     inputs = dict(batch)
     labels = inputs.pop("labels", None)
     decoder_mask = _mask(inputs.get("decoder_attention_mask"))
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if _takes_use_cache(cast("Any", type(model))):
         # Keys and values for later tokens take memory, and making room for them copies from the
         # host, which no CUDA graph can hold.
         inputs.setdefault("use_cache", False)
@@ -63,6 +64,11 @@ def read_inputs(batch: Mapping[str, Any], model: nn.Module) -> ModelInputs:
                 decoder_mask = labels != -100
     ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
     return ModelInputs(inputs, labels, token_mask(inputs), decoder_mask, ids)
+
+
+@functools.cache
+def _takes_use_cache(kind: type[nn.Module]) -> bool:
+    return "use_cache" in inspect.signature(kind.forward).parameters
 
 
 class ItemReader:

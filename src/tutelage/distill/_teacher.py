@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import IncompatibleTeacherError, UnsupportedModelError
 from ..nn import use_attention
 from ..sites import Signals, Site, SiteMap, Tap, discover
+from ._fit import refuse_compiled
 
 __all__ = ["LiveTeacher", "Prediction", "TeacherSource", "prediction"]
 
@@ -103,10 +104,12 @@ class LiveTeacher:
 
         Raises:
             IncompatibleTeacherError: The model is quantized.
-            UnsupportedModelError: ``dtype`` is neither float32 nor bfloat16.
+            UnsupportedModelError: ``dtype`` is neither float32 nor bfloat16, or the model went
+                through ``torch.compile``.
         """
         from .._prepare import prepared
 
+        refuse_compiled(model)
         if prepared(model) is not None:
             raise IncompatibleTeacherError(
                 "the teacher is a prepared student; pass the full-precision model."

@@ -36,6 +36,11 @@ def _int8_is_fast() -> bool:
     return bool(torch.equal(torch._int_mm(rows, columns).double(), exact))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cpu_multiplies_int8() -> bool:
+    return _int8_is_fast()
+
+
 _ON_CUDA: dict[int, bool] = {}
 
 
@@ -73,10 +78,11 @@ def active_path(device: torch.device) -> str:
     Returns:
         ``"int8"`` (``torch._int_mm``) or ``"float32"``.
     """
-    if torch.compiler.is_compiling() and device.type == "cuda":
+    if device.type == "cpu":
+        return "int8" if _cpu_multiplies_int8() else "float32"
+    if device.type != "cuda" or torch.compiler.is_compiling():
         return "float32"
-    fast = {"cpu": lambda _: _int8_is_fast(), "cuda": _cuda_multiplies_int8}.get(device.type)
-    return "int8" if fast is not None and fast(device) else "float32"
+    return "int8" if _cuda_multiplies_int8(device) else "float32"
 
 
 def int8_serves(device: torch.device, count: int, width: int, outputs: int) -> bool:

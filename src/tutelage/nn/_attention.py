@@ -92,7 +92,7 @@ def attention(
                 f"{type(module).__name__} passes {name!r} to its attention function, which the "
                 "quantized attention does not compute; use another model."
             )
-    probe: AttentionProbe | None = module.__dict__.get(_PROBE)
+    probe: AttentionProbe | None = getattr(module, _PROBE, None)
     quantizer = cast("AttentionQuantizer | None", module._modules.get("attention_quantizer"))
     if probe is not None:
         probe.inputs(query, key, value, attention_mask)

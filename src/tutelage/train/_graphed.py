@@ -154,8 +154,6 @@ class GraphedSteps:
             return "several processes train together"
         if arguments.gradient_accumulation_steps > 1:
             return "gradients are accumulated over micro-batches"
-        if arguments.torch_compile:
-            return "torch_compile compiles the student"
         modules = trainer.distiller.student.modules()
         if any(getattr(module, "gradient_checkpointing", False) for module in modules):
             return "gradient checkpointing keeps random states on the host"

@@ -35,10 +35,15 @@ def check_parallelism(trainer: Trainer) -> None:
         trainer: A trainer that has its accelerator.
 
     Raises:
-        UnsupportedModelError: DeepSpeed, tensor or context parallelism, ``nn.DataParallel``, or
-            FSDP that accelerate does not turn on.
+        UnsupportedModelError: DeepSpeed, tensor or context parallelism, ``nn.DataParallel``,
+            ``torch_compile``, or FSDP that accelerate does not turn on.
     """
     arguments = trainer.args
+    if arguments.torch_compile:
+        raise UnsupportedModelError(
+            "torch.compile keeps the hooks of the stage that it sees first; leave out "
+            "torch_compile. On a GPU steps run as CUDA graphs, see QATTrainer's graph."
+        )
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         # Without a GPU accelerate passes over it in silence.
         raise UnsupportedModelError(

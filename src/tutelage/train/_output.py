@@ -18,6 +18,7 @@ __all__ = [
     "CHECKPOINTS",
     "RECIPE_FILE",
     "TEACHER",
+    "TEACHER_CACHE",
     "clear",
     "portable",
     "refuse_other_recipe",
@@ -30,6 +31,7 @@ RECIPE_FILE = "recipe.yaml"
 TEACHER = "teacher"
 CHECKPOINTS = "checkpoints"
 AUGMENTED = "augmented.parquet"
+TEACHER_CACHE = "teacher-cache"
 
 # Removed in this order, so that what is left of an earlier run never passes for a finished one.
 _OWN = (
@@ -47,6 +49,7 @@ _OWN = (
     "vocab.*",
     "merges.txt",
     AUGMENTED,
+    TEACHER_CACHE,
     TEACHER,
     CHECKPOINTS,
 )
@@ -54,6 +57,7 @@ _LEFTOVERS = (
     ".packed*",
     ".*partial-*",
     f".{TEACHER}.old-*",
+    f".{TEACHER_CACHE}.old-*",
     f".{RECIPE_FILE}.*",
     f"{CHECKPOINTS}/.checkpoint-*",
 )

@@ -14,11 +14,13 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from .._prepare import prepare
 from ..artefacts import staged_directory, write_failures_as_os_error
+from ..distill import CachedTeacher, with_sample_ids
 from ._arguments import QATArguments
 from ._checkpoint import latest_checkpoint
 from ._models import load_config, load_model
 from ._output import CHECKPOINTS, TEACHER
 from ._plan import Plan, save_and_eval_steps
+from ._teacher_cache import keeping_ids, teacher_source
 from ._trainer import QATTrainer
 from .progress import Progress
 
@@ -125,40 +127,42 @@ def train_student(
         chosen["metric_for_best_model"] = plan.task.metric
         chosen["greater_is_better"] = plan.task.greater_is_better
     set_seed(plan.recipe.seed)
-    trainer = QATTrainer(
-        cast("Any", student),
-        teacher,
-        QATArguments(
-            max_steps=section.max_steps,
-            per_device_train_batch_size=section.batch_size,
-            warmup_steps=_share(section.warmup_ratio),
-            weight_decay=section.weight_decay,
-            bf16=section.bf16,
-            qat_optimizer=section.optimizer,
-            dropout=section.dropout,
-            save_strategy="steps",
-            save_steps=save_steps,
-            save_total_limit=_KEPT_CHECKPOINTS,
-            **chosen,
-            **_common(plan),
-        ),
-        schedule=plan.schedule,
-        losses=plan.losses,
-        graph=section.graph,
-        train_dataset=plan.train,
-        eval_dataset=plan.eval,
-        data_collator=cast("Any", plan.task.collator(plan.processor)),
-        processing_class=plan.processor,
-        compute_metrics=lambda found: plan.task.metrics(list(found.predictions), plan.eval),
-        compute_loss_func=plan.task.loss,
-        preprocess_logits_for_metrics=lambda outputs, labels: plan.task.reduce(
-            plan.task.values(outputs), labels
-        ),
-    )
-    checkpoint = latest_checkpoint(plan.folder / CHECKPOINTS) if resume else None
-    if checkpoint is not None:
-        report(f"the student goes on from {checkpoint}")
-    _train(trainer, "student", progress, checkpoint)
+    with teacher_source(plan, student, teacher, report) as guide:
+        stored = isinstance(guide, CachedTeacher)
+        trainer = QATTrainer(
+            cast("Any", student),
+            guide,
+            QATArguments(
+                max_steps=section.max_steps,
+                per_device_train_batch_size=section.batch_size,
+                warmup_steps=_share(section.warmup_ratio),
+                weight_decay=section.weight_decay,
+                bf16=section.bf16,
+                qat_optimizer=section.optimizer,
+                dropout=section.dropout,
+                save_strategy="steps",
+                save_steps=save_steps,
+                save_total_limit=_KEPT_CHECKPOINTS,
+                **chosen,
+                **_common(plan),
+            ),
+            schedule=plan.schedule,
+            losses=plan.losses,
+            graph=section.graph,
+            train_dataset=with_sample_ids(plan.train) if stored else plan.train,
+            eval_dataset=plan.eval,
+            data_collator=cast("Any", keeping_ids(plan.task.collator(plan.processor))),
+            processing_class=plan.processor,
+            compute_metrics=lambda found: plan.task.metrics(list(found.predictions), plan.eval),
+            compute_loss_func=plan.task.loss,
+            preprocess_logits_for_metrics=lambda outputs, labels: plan.task.reduce(
+                plan.task.values(outputs), labels
+            ),
+        )
+        checkpoint = latest_checkpoint(plan.folder / CHECKPOINTS) if resume else None
+        if checkpoint is not None:
+            report(f"the student goes on from {checkpoint}")
+        _train(trainer, "student", progress, checkpoint)
     return student.eval()
 
 

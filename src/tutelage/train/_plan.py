@@ -107,7 +107,7 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
         teacher = load_model(teacher_name, guide, task, "model.teacher")
     models = [model] if teacher is None else [model, teacher]
     limit = task.limit(recipe.data, models, processor, report)
-    _try(model, teacher, scheme, terms)
+    _try(model, teacher, scheme, terms, stored=recipe.teacher.cache is not None)
 
     def encode(examples: Any) -> TaskDataset:
         return encode_for(model, task, examples, processor, limit)
@@ -211,7 +211,17 @@ def _refuse_other_labels(config: Any, guide: Any, head: Head) -> None:
         )
 
 
-def _try(model: nn.Module, teacher: nn.Module | None, scheme: Scheme, terms: Losses) -> None:
+def _try(
+    model: nn.Module, teacher: nn.Module | None, scheme: Scheme, terms: Losses, *, stored: bool
+) -> None:
     """Prepares a copy, so that a model that cannot be a student is refused at once."""
     trial = prepare(copy.deepcopy(model), scheme)
-    Distiller(trial, copy.deepcopy(model) if teacher is None else teacher, terms)
+    distiller = Distiller(trial, copy.deepcopy(model) if teacher is None else teacher, terms)
+    if stored:
+        try:
+            distiller.refuse_dropped_padding()
+        except RecipeError as error:
+            raise RecipeError(
+                "teacher.cache stores no padding, over which a loss or a scale of this student "
+                "runs; remove teacher.cache, or take the default losses and another scheme."
+            ) from error

@@ -27,6 +27,7 @@ from .metrics import METRICS
 __all__ = [
     "SECTIONS",
     "AugmentSection",
+    "CacheSection",
     "DataSection",
     "ModelSection",
     "Recipe",
@@ -180,8 +181,18 @@ class DataSection(Section):
         return self
 
 
+class CacheSection(Section):
+    """The teacher's answers stored on disk while the student trains, see ``CachedTeacher``."""
+
+    codec: Literal["float32", "float16", "int8"] = Field(
+        default="float32", description="how inner signals are stored; float32 is exact"
+    )
+    max_gb: Rate = Field(default=4.0, description="largest size, in GiB; more is refused")
+    keep: Flag = Field(default=False, description="keep the files when training is over")
+
+
 class TeacherSection(Section):
-    """How the teacher is fine-tuned where it has no head for the task."""
+    """How the teacher is fine-tuned where it has no head for the task, and how it teaches."""
 
     epochs: Rate = Field(default=3.0, description="passes over the training data")
     max_steps: Integer = Field(default=-1, description="steps; -1: as many as epochs says")
@@ -190,6 +201,12 @@ class TeacherSection(Section):
     warmup_ratio: Fraction = Field(default=0.1, description="share of the steps for warm-up")
     weight_decay: Real = Field(default=0.01, description="weight decay")
     bf16: Flag = Field(default=False, description="train under autocast to bfloat16")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="precision in which it teaches"
+    )
+    cache: CacheSection | None = Field(
+        default=None, description="read its answers from disk; default: it runs in every step"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherSection:
@@ -295,5 +312,5 @@ SECTIONS: dict[str, type[BaseModel]] = {
     name: field.annotation
     for name, field in Recipe.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-} | {"data.augment": AugmentSection}
+} | {"data.augment": AugmentSection, "teacher.cache": CacheSection}
 """Name to model of every section, and of every section in a section."""

@@ -41,7 +41,8 @@ def run_recipe(
 
     Everything is checked before anything is trained or written. The output folder then gets
     ``recipe.yaml``, ``teacher/`` (where it had to be fine-tuned), ``augmented.parquet`` (where the
-    recipe asks for more texts), ``checkpoints/``, the packed student, and at the very end
+    recipe asks for more texts), ``teacher-cache/`` (where it asks for stored answers, until the
+    student is trained), ``checkpoints/``, the packed student, and at the very end
     ``result.json``. Killed at any moment and resumed, a run ends with the same weights as an
     uninterrupted one on the same machine with as many threads.
 
