@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tutelage
 from helpers import hooks_of, same_bits, tiny
 from tutelage.kernels import _integer
-from tutelage.nn import QuantLinear
+from tutelage.nn import QuantLinear, _linear
 from tutelage.quantizers import (
     BinaryQuantizer,
     ClippedSTE,
@@ -345,3 +345,38 @@ class TestInPlace:
         assert linears - quantized == {"classifier"}
         assert isinstance(model.bert.embeddings.word_embeddings, tutelage.nn.QuantEmbedding)
         assert type(model.bert.embeddings.position_embeddings) is nn.Embedding
+
+
+def test_an_input_is_quantized_once_for_all_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    quantize = _linear.quantize
+
+    def counted(quantizer: Any, x: Tensor, **settings: Any) -> Any:
+        made.append(x)
+        return quantize(quantizer, x, **settings)
+
+    layers = [
+        QuantLinear.from_linear(nn.Linear(32, 8), TernaryQuantizer(), UniformQuantizer(bits))
+        for bits in (8, 8, 4)
+    ]
+    start = torch.randn(5, 32, requires_grad=True)
+    expected = [layer(start) for layer in layers]
+    monkeypatch.setattr(_linear, "quantize", counted)
+    x = start * 1.0
+    outputs = [layer(x) for layer in layers]
+    for one, other in zip(outputs, expected, strict=True):
+        assert torch.equal(one, other)
+    assert sum(seen is x for seen in made) == 2  # of 8 bits, and of 4
+    sum(y.sum() for y in outputs).backward()
+    gradient, start.grad = start.grad, None
+    sum(layer(start).sum() for layer in layers).backward()
+    assert torch.equal(gradient, start.grad)
+    with torch.no_grad():
+        x.mul_(2.0)
+    made.clear()
+    layers[0](x)
+    assert sum(seen is x for seen in made) == 1  # it changed
+    made.clear()
+    for layer in layers:
+        layer(start)
+    assert sum(seen is start for seen in made) == 3  # a model's own input may change unseen

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..kernels import dequantize, quantize, scaled_integer_linear
-from ..quantizers import Quantized, Quantizer
+from ..quantizers import Quantized, Quantizer, UniformQuantizer
 from ._latent import latent, passed
 from ._precision import in_float32, without_autocast
 from ._weight import QuantWeight
@@ -49,6 +49,26 @@ def quantized_linear(
     return scaled_integer_linear(x, weight, bias)
 
 
+_CODES = "_tutelage_codes"
+
+
+def _shared(quantizer: Quantizer, x: Tensor, compact: bool) -> Quantized:
+    """Quantizes an input, once for all modules that read it with equal quantizers.
+
+    What is remembered hangs on the tensor and goes with it. Inputs of a model are not: a recorded
+    step would go on with what it found there when it was recorded.
+    """
+    if x.grad_fn is None or type(quantizer) is not UniformQuantizer:
+        return quantize(quantizer, x, compact=compact)
+    settings = (quantizer.bits, quantizer.granularity, quantizer.clip, quantizer.reciprocal)
+    key = (settings, compact, x._version)
+    known, found = getattr(x, _CODES, (None, None))
+    if known != key or found is None:
+        found = quantize(quantizer, x, compact=compact)
+        setattr(x, _CODES, (key, found))
+    return found
+
+
 class _QuantLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,7 +81,7 @@ class _QuantLinearFunction(torch.autograd.Function):
         arithmetic: Arithmetic,
     ) -> Tensor:
         compact = arithmetic == "integer"
-        qx = quantize(input_quantizer, x, compact=compact)
+        qx = _shared(input_quantizer, x, compact)
         qw = quantize(weight_quantizer, weight, compact=compact)
         kept = (latent(input_quantizer, x), latent(weight_quantizer, weight))
         ctx.save_for_backward(*kept, *qx, *qw)
