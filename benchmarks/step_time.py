@@ -57,6 +57,7 @@ VARIANTS = {
     "live": "live teacher",
     "live-bf16-teacher": "live teacher in bfloat16",
     "bf16": "live teacher, both under autocast to bfloat16",
+    "compiled": "live teacher, the student through torch.compile",
     "cached": "cached teacher, float32",
     "cached-int8": "cached teacher, int8",
     "graphed": "live teacher, the step as a CUDA graph",
@@ -153,6 +154,7 @@ def variant(
     train_step = tutelage.TrainStep(distiller, optimizer_of(student, args.fused))
     graphed = tutelage.GraphedTrainStep(train_step) if name.startswith("graphed") else None
 
+    model = torch.compile(student) if name == "compiled" else None
     given: Any = batch
     if args.micro_batches > 1:
         parts = {key: value.chunk(args.micro_batches) for key, value in batch.items()}
@@ -162,7 +164,7 @@ def variant(
         with autocast(device, name.endswith("bf16")):
             if graphed is not None:
                 return graphed(batch, stage)
-            return train_step(given, stage)
+            return train_step(given, stage, model=model)
 
     return step
 

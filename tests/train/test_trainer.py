@@ -34,7 +34,7 @@ from tutelage.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from tutelage.train import BertAdam
+from tutelage.train import BertAdam, _limits
 
 
 class _Watch(TrainerCallback):
@@ -777,6 +777,12 @@ def test_the_teacher_is_not_changed_by_training(tmp_path: Path) -> None:
     assert differing(before, weights_of(student)) != []
 
 
-def test_torch_compile_is_refused(tmp_path: Path) -> None:
+def test_torch_compile_is_refused_in_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(tmp_path)
+    trainer.args.torch_compile = True
+    _limits.check_parallelism(trainer)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
     with pytest.raises(UnsupportedModelError, match="leave out torch_compile"):
-        trainer_for(tmp_path, torch_compile=True, torch_compile_backend="eager")
+        _limits.check_parallelism(trainer)

@@ -74,13 +74,15 @@ class Distiller:
             losses: ``losses.default()`` if ``None``.
 
         Raises:
-            UnsupportedModelError: The student was not prepared, is frozen, or one of the two went
-                through ``torch.compile``.
+            UnsupportedModelError: The student was not prepared, is frozen, or one of the two is
+                what ``torch.compile`` returned.
             IncompatibleTeacherError: Shapes differ, or parameters are shared.
             SiteError: A loss term needs a signal that is out of reach.
             RecipeError: The teacher was stored without padding, and padding counts.
         """
-        refuse_compiled(student)
+        refuse_compiled(
+            student, "pass the student itself here, and what was returned as step(model=...)"
+        )
         state = prepared(student)
         if state is None:
             raise UnsupportedModelError(
@@ -181,8 +183,9 @@ class Distiller:
                 term that asks for them, ``SAMPLE_IDS`` only by the teacher.
             stage: Name of the stage, see ``tutelage.intervention.stages``.
             progress: Part of training that is over, 0 to 1, a 0-dim tensor on the device.
-            model: What is called in place of the student, such as its DDP wrapper. A student that
-                went through ``fully_shard`` is called itself.
+            model: What is called in place of the student: its DDP wrapper, or what
+                ``torch.compile`` returned. A student that went through ``fully_shard`` is called
+                itself.
             counts: Number of items of every term in the whole optimizer step, of which this batch
                 is a part, see ``counts``; by default those of this batch.
 
@@ -205,7 +208,6 @@ class Distiller:
         teacher_logits, teacher = self.teacher.get(given.inputs, keys, want)
         tap = self._tap(sites, active, teacher, progress)
         model = self.student if model is None else model
-        refuse_compiled(model)
         with tap, wrapped_forward(self.student, model, tap) as unwrap:
             output = unwrap(model(**given.inputs))
         student_logits, has_logits = prediction(output)

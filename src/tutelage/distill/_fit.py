@@ -9,24 +9,19 @@ from ..errors import IncompatibleTeacherError, UnsupportedModelError
 __all__ = ["refuse_compiled", "refuse_other_shape", "refuse_shared"]
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Refuses what went through ``torch.compile``, with or without a wrapper around it.
+def refuse_compiled(model: nn.Module, remedy: str) -> None:
+    """Refuses what ``torch.compile`` returned, whose parts have other names.
 
     Args:
-        model: A student, what it is called through, or a teacher.
+        model: A student or a teacher.
+        remedy: What to do, the end of a sentence.
 
     Raises:
-        UnsupportedModelError: It did.
+        UnsupportedModelError: It was.
     """
-    for part in (model, getattr(model, "module", None)):
-        compiled = getattr(part, "_compiled_call_impl", None) is not None
-        # The attribute of torch._dynamo.OptimizedModule; importing that takes seconds.
-        if compiled or "_orig_mod" in getattr(part, "_modules", {}):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} went through torch.compile, which keeps the hooks of the "
-                "stage that it saw first; pass the model as it was, and use GraphedTrainStep on a "
-                "GPU."
-            )
+    # The attribute of torch._dynamo.OptimizedModule; importing that takes seconds.
+    if "_orig_mod" in model._modules:
+        raise UnsupportedModelError(f"the model is what torch.compile returned; {remedy}.")
 
 
 def refuse_shared(student: nn.Module, teacher: nn.Module) -> None:

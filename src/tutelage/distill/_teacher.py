@@ -104,12 +104,12 @@ class LiveTeacher:
 
         Raises:
             IncompatibleTeacherError: The model is quantized.
-            UnsupportedModelError: ``dtype`` is neither float32 nor bfloat16, or the model went
-                through ``torch.compile``.
+            UnsupportedModelError: ``dtype`` is neither float32 nor bfloat16, or the model is what
+                ``torch.compile`` returned.
         """
         from .._prepare import prepared
 
-        refuse_compiled(model)
+        refuse_compiled(model, "pass the model itself; model.compile() is fine")
         if prepared(model) is not None:
             raise IncompatibleTeacherError(
                 "the teacher is a prepared student; pass the full-precision model."

@@ -58,7 +58,9 @@ def _shared(quantizer: Quantizer, x: Tensor, compact: bool) -> Quantized:
     What is remembered hangs on the tensor and goes with it. Inputs of a model are not: a recorded
     step would go on with what it found there when it was recorded.
     """
-    if x.grad_fn is None or type(quantizer) is not UniformQuantizer:
+    if torch.compiler.is_compiling() or type(quantizer) is not UniformQuantizer:
+        return quantize(quantizer, x, compact=compact)
+    if x.grad_fn is None:
         return quantize(quantizer, x, compact=compact)
     settings = (quantizer.bits, quantizer.granularity, quantizer.clip, quantizer.reciprocal)
     key = (settings, compact, x._version)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SiteError, UnsupportedModelError
 from ..nn import probe_of
+from ._compiled import heed_hooks
 from ._hooks import DetachPart, Probe, Replay, Turn, detach_input
 from ._map import Projection, Site, SiteMap
 
@@ -137,6 +138,7 @@ class Tap:
 
     def __enter__(self) -> Self:
         """Installs the hooks."""
+        heed_hooks()
         try:
             self._install()
         except BaseException:

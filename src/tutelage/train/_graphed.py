@@ -152,6 +152,8 @@ class GraphedSteps:
             return "there is no CUDA device"
         if arguments.world_size > 1 or trainer.is_fsdp_enabled:
             return "several processes train together"
+        if arguments.torch_compile:
+            return "the student goes through torch.compile"
         if arguments.gradient_accumulation_steps > 1:
             return "gradients are accumulated over micro-batches"
         modules = trainer.distiller.student.modules()

@@ -36,13 +36,12 @@ def check_parallelism(trainer: Trainer) -> None:
 
     Raises:
         UnsupportedModelError: DeepSpeed, tensor or context parallelism, ``nn.DataParallel``,
-            ``torch_compile``, or FSDP that accelerate does not turn on.
+            ``torch_compile`` in several processes, or FSDP that accelerate does not turn on.
     """
     arguments = trainer.args
-    if arguments.torch_compile:
+    if arguments.torch_compile and arguments.world_size > 1:
         raise UnsupportedModelError(
-            "torch.compile keeps the hooks of the stage that it sees first; leave out "
-            "torch_compile. On a GPU steps run as CUDA graphs, see QATTrainer's graph."
+            "a compiled student trains in one process only; leave out torch_compile."
         )
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         # Without a GPU accelerate passes over it in silence.
