@@ -13,10 +13,18 @@ if TYPE_CHECKING:
     from ._doctor import Finding
     from ._size import SizeReport
     from .bench import BenchResult, Speed
+    from .study import Summary
     from .train.evaluation import Evaluation
     from .train.run import RunResult
 
-__all__ = ["bench_table", "evaluation_table", "findings_table", "result_table", "size_table"]
+__all__ = [
+    "bench_table",
+    "evaluation_table",
+    "findings_table",
+    "result_table",
+    "size_table",
+    "study_table",
+]
 
 
 def result_table(result: RunResult) -> Table:
@@ -168,3 +176,24 @@ def _speed(speed: Speed) -> str:
 
 def _mebibytes(number: int | None) -> str:
     return "" if number is None else f"{number / 2**20:,.1f}"
+
+
+def study_table(found: Summary) -> Group:
+    """Returns a table a task, scheme and budget: every method at its best learning rate.
+
+    Args:
+        found: The comparison.
+    """
+    from .study import COLUMNS, rows
+
+    tables: dict[tuple[str, ...], Table] = {}
+    for row in rows(found):
+        place = row[:3]
+        if place not in tables:
+            tables[place] = Table(
+                title=f"{place[0]}, {place[1]}, {place[2]} steps", box=SIMPLE_HEAD
+            )
+            for name in COLUMNS[3:]:
+                tables[place].add_column(name)
+        tables[place].add_row(*(Text(cell) for cell in row[3:]))
+    return Group(*tables.values())

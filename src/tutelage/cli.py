@@ -322,6 +322,44 @@ def bench(
 
 
 @app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="What is compared.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="For instance seeds=[0,1,2,3,4]."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one a core, or one on a GPU.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many runs are missing and stop.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Compare methods, schemes, budgets and learning rates on your tasks."""
+    from .study import load_study
+
+    read = load_study(study, overrides or [])
+    _quiet()
+    from ._tables import study_table
+    from .study import count_runs, run_study
+
+    console = _console()
+    if dry_run:
+        total, missing = count_runs(read)
+        reporter(console)(f"{total} runs, {missing} of them missing")
+        return
+    found = run_study(
+        read, workers=workers, report=(lambda line: None) if as_json else reporter(console)
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    console.print(study_table(found))
+    reporter(console)(f"tables and plots are in {read.output}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the student.")] = None,

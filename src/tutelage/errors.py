@@ -17,6 +17,7 @@ __all__ = [
     "RecipeError",
     "SchemeError",
     "SiteError",
+    "StudyError",
     "TutelageError",
     "UnsupportedModelError",
     "nearest",
@@ -74,6 +75,10 @@ class CheckpointError(TutelageError, RuntimeError):
 
 class NonFiniteLossError(TutelageError, ArithmeticError):
     """The training loss became NaN or infinite."""
+
+
+class StudyError(TutelageError, RuntimeError):
+    """A study is malformed, could not be run, or what an earlier one left does not fit."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .._prepare import prepare
 from ..artefacts import staged_directory, write_failures_as_os_error
@@ -101,6 +101,8 @@ def train_student(
     progress: ProgressFactory | None,
     *,
     resume: bool,
+    watchers: Sequence[TrainerCallback] = (),
+    store: bool = True,
 ) -> nn.Module:
     """Trains the student and returns it in eval mode.
 
@@ -112,6 +114,8 @@ def train_student(
         report: Told what happens.
         progress: Makes the display.
         resume: Go on from the newest complete checkpoint, if there is one.
+        watchers: Told of every step, see ``Trainer``.
+        store: Write checkpoints.
     """
     section = plan.recipe.student
     source = plan.model if plan.model_has_head else teacher
@@ -140,7 +144,7 @@ def train_student(
                 bf16=section.bf16,
                 qat_optimizer=section.optimizer,
                 dropout=section.dropout,
-                save_strategy="steps",
+                save_strategy="steps" if store else "no",
                 save_steps=save_steps,
                 save_total_limit=_KEPT_CHECKPOINTS,
                 **chosen,
@@ -153,6 +157,7 @@ def train_student(
             eval_dataset=plan.eval,
             data_collator=cast("Any", keeping_ids(plan.task.collator(plan.processor))),
             processing_class=plan.processor,
+            callbacks=list(watchers),
             compute_metrics=lambda found: plan.task.metrics(list(found.predictions), plan.eval),
             compute_loss_func=plan.task.loss,
             preprocess_logits_for_metrics=lambda outputs, labels: plan.task.reduce(

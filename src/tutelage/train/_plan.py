@@ -166,7 +166,10 @@ def make_schedule(recipe: Recipe) -> Schedule:
 
 def make_losses(section: StudentSection) -> Losses:
     """Returns the losses that a recipe describes."""
-    found = losses.default() if section.losses == "default" else losses.reference()
+    if isinstance(section.losses, str):
+        found = losses.default() if section.losses == "default" else losses.reference()
+    else:
+        found = Losses.of(section.losses)
     return found if section.local is None else found.with_local(section.local)
 
 

@@ -244,8 +244,10 @@ class StudentSection(Section):
     quantize_attention: Flag = Field(
         default=True, description="quantize the products inside attention, too"
     )
-    losses: Literal["default", "reference"] = Field(
-        default="default", description="distillation losses"
+    losses: Literal["default", "reference"] | dict[str, Rate] = Field(
+        default="default",
+        description="distillation losses: a set's name, or terms with their weights, such as "
+        "{logits: 1}; the term 'labels' is cross-entropy against the data's labels",
     )
     local: Literal["paper", "code"] | None = Field(
         default=None, description="distillation of a replaced signal; default: the library's"

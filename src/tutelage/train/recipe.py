@@ -33,7 +33,9 @@ __all__ = [
     "ScheduleSection",
     "StudentSection",
     "TeacherSection",
+    "apply_override",
     "load_recipe",
+    "read_yaml",
     "recipe_from_dict",
     "save_recipe",
 ]
@@ -52,15 +54,28 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         RecipeError: If the file is missing or not YAML, or a key or a value is wrong.
     """
+    return recipe_from_dict(read_yaml(path, "recipe"), overrides, source=str(path))
+
+
+def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
+    """Reads a YAML file.
+
+    Args:
+        path: The file.
+        what: What error messages call it.
+
+    Raises:
+        RecipeError: It is missing or not YAML.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {str(path)!r}; check the path.") from None
+        raise RecipeError(f"there is no {what} {str(path)!r}; check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"the recipe {str(path)!r} cannot be read ({_line(error)}); give a UTF-8 YAML file."
+            f"the {what} {str(path)!r} cannot be read ({_line(error)}); give a UTF-8 YAML file."
         ) from None
-    return recipe_from_dict(_parse(text, str(path)), overrides, source=str(path))
+    return _parse(text, str(path))
 
 
 def recipe_from_dict(
@@ -89,7 +104,7 @@ def recipe_from_dict(
         if "." not in name and tree.get(name) is None:
             tree[name] = {}
     for override in overrides:
-        _override(tree, override)
+        apply_override(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -149,7 +164,16 @@ def _parse(text: str, source: str) -> Any:
         raise RecipeError(f"{place} is not valid YAML: {problem}; correct it.") from None
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets a key of nested dictionaries.
+
+    Args:
+        tree: The dictionaries, changed in place.
+        override: ``"section.key=value"``; the value is YAML.
+
+    Raises:
+        RecipeError: It is malformed.
+    """
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

@@ -1,0 +1,191 @@
+"""One process of a study: fine-tunes teachers, trains and measures students."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from torch import nn
+
+from .._prepare import prepare
+from ..errors import NonFiniteLossError, StudyError
+from ..scheme import Scheme
+from ..train._phases import obtain_teacher, train_student
+from ..train._plan import Plan, make_losses, make_plan, make_schedule
+from ..train.recipe import Recipe
+from ._evaluation import Curve, Evaluator
+from ._grid import Cell, evaluation_steps
+from ._records import Point, Record
+
+__all__ = ["machine", "make_teacher", "run_cell", "threads"]
+
+
+@dataclass(frozen=True)
+class _Task:
+    plan: Plan
+    teacher: nn.Module
+    evaluator: Evaluator
+
+
+_KEPT: dict[str, _Task] = {}
+"""The last task of this process, by its sections: reading and tokenizing take seconds."""
+
+
+def _task(recipe: Recipe) -> _Task:
+    sections = recipe.model_dump_json(include={"model", "data", "teacher", "output"})
+    if sections not in _KEPT:
+        _KEPT.clear()
+        transformers.set_seed(recipe.seed)  # a fresh head is drawn
+        plan = make_plan(recipe, lambda line: None)
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        if plan.augment is not None:
+            raise StudyError(
+                "a study does not augment its data; write the augmented texts with tutelage train "
+                "first, and name them in data.train."
+            )
+        teacher, _ = obtain_teacher(plan, lambda line: None, None)
+        teacher = teacher.to(_device()).eval()
+        _KEPT[sections] = _Task(plan, teacher, Evaluator(plan, teacher))
+    return _KEPT[sections]
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Uses so many CPU threads inside the context.
+
+    Args:
+        count: Their number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def make_teacher(recipe: Recipe, count: int) -> None:
+    """Fine-tunes the teacher of a task unless that was done, and measures it.
+
+    Args:
+        recipe: The recipe of one of the task's runs.
+        count: CPU threads.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with threads(count):
+        _task(recipe)
+
+
+def run_cell(cell: Cell) -> tuple[Record, npt.NDArray[np.float32] | None]:
+    """Makes one run.
+
+    Args:
+        cell: What is run.
+
+    Returns:
+        Its figures, and KL(teacher || student) of every evaluation example at its end. A loss or
+        output that is not finite is a figure, too: the record says so.
+
+    Raises:
+        TutelageError: Anything else that is refused.
+    """
+    with threads(cell.recipe.threads or torch.get_num_threads()):
+        task = _task(_shared(cell.recipe))
+        start, failed = time.monotonic(), None
+        points: tuple[Point, ...] = ()
+        divergences = None
+        try:
+            points, divergences = _run(cell, task)
+        except NonFiniteLossError as error:
+            failed = str(error)
+        record = Record(
+            key=cell.key,
+            task=cell.task,
+            scheme=cell.scheme,
+            method=cell.method,
+            steps=cell.steps,
+            learning_rate=cell.learning_rate,
+            seed=cell.seed,
+            metric=task.evaluator.metric,
+            teacher=task.evaluator.teacher,
+            points=points,
+            seconds=round(time.monotonic() - start, 2),
+            failed=failed,
+            machine=machine(),
+        )
+    return record, divergences
+
+
+def _shared(recipe: Recipe) -> Recipe:
+    """Returns the recipe with what a method may say of the teacher left to the plan's own."""
+    return recipe.model_copy(
+        update={"teacher": recipe.teacher.model_copy(update={"cache": None}), "seed": 0}
+    )
+
+
+def _run(cell: Cell, task: _Task) -> tuple[tuple[Point, ...], npt.NDArray[np.float32] | None]:
+    scheme = Scheme.preset(cell.scheme)
+    if not cell.recipe.student.quantize_attention:
+        scheme = scheme.without_attention()
+    if not cell.steps:
+        source = task.plan.model if task.plan.model_has_head else task.teacher
+        student = prepare(copy.deepcopy(source), scheme).to(_device()).eval()
+        point, divergences = task.evaluator(student, 0)
+        return (point,), divergences
+    curve = Curve(task.evaluator, evaluation_steps(cell.steps, cell.points))
+    with tempfile.TemporaryDirectory(dir=task.plan.folder, prefix="run-") as folder:
+        plan = dataclasses.replace(
+            task.plan,
+            recipe=cell.recipe,
+            folder=Path(folder),
+            scheme=scheme,
+            schedule=make_schedule(cell.recipe),
+            losses=make_losses(cell.recipe.student),
+        )
+        train_student(
+            plan,
+            task.teacher,
+            lambda line: None,
+            None,
+            resume=False,
+            watchers=[curve],
+            store=False,
+        )
+    return tuple(curve.points), curve.divergences
+
+
+def machine() -> dict[str, object]:
+    """Returns processor, threads and versions."""
+    device = _device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
