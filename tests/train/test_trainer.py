@@ -17,6 +17,7 @@ import tutelage
 from helpers import (
     ENCODER_TERMS,
     FAMILIES,
+    Again,
     differing,
     hooks_of,
     make_batch,
@@ -29,11 +30,13 @@ from tutelage import QATArguments, QATTrainer, Schedule, losses
 from tutelage.distill import SAMPLE_IDS
 from tutelage.distill.losses import Losses
 from tutelage.errors import (
+    CheckpointError,
     IncompatibleTeacherError,
     NonFiniteLossError,
     RecipeError,
     UnsupportedModelError,
 )
+from tutelage.nn._gate import gate_of
 from tutelage.train import BertAdam, _limits
 
 
@@ -786,3 +789,47 @@ def test_torch_compile_is_refused_in_several_processes(
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     with pytest.raises(UnsupportedModelError, match="leave out torch_compile"):
         _limits.check_parallelism(trainer)
+
+
+class TestRamp:
+    def test_goes_linearly_to_quantized_and_evaluation_always_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[float | None] = []
+        trainer = trainer_for(
+            tmp_path, max_steps=8, ramp=0.5, eval_strategy="steps", eval_steps=2, eval_rows=4
+        )
+        layer = next(m for m in trainer.model.modules() if isinstance(m, tutelage.nn.QuantLinear))
+        layer.register_forward_pre_hook(
+            lambda module, args: seen.append(
+                None if (found := gate_of(module)) is None else float(found)
+            )
+        )
+        trainer.train()
+        steps = [0.2, 0.4, None, 0.6, 0.8, None, None, None, None, None, None, None]
+        assert seen == [None if s is None else pytest.approx(s) for s in steps]
+
+    def test_resumed_it_ends_as_if_never_stopped(self, tmp_path: Path) -> None:
+        settings = {"max_steps": 8, "ramp": 0.75, "save_strategy": "steps", "save_steps": 1}
+        straight = trainer_for(tmp_path / "a", **settings)
+        straight.train()
+        for step in (2, 5, 6):
+            checkpoint = tmp_path / "a" / f"checkpoint-{step}"
+            resumed = trainer_for(tmp_path / "b", **settings)
+            resumed.train(resume_from_checkpoint=str(checkpoint))
+            assert differing(weights_of(straight.model), weights_of(resumed.model)) == []
+            other = trainer_for(tmp_path / "c", **{**settings, "ramp": 0.5})
+            with pytest.raises(CheckpointError, match="ramp"):
+                other.train(resume_from_checkpoint=str(checkpoint))
+
+    def test_is_a_part_of_the_training(self, tmp_path: Path) -> None:
+        for ramp in (-0.1, 1.1):
+            with pytest.raises(RecipeError, match=r"ramp is .*; use 0 to 1"):
+                tutelage.QATArguments(str(tmp_path), ramp=ramp)
+
+    def test_is_not_recorded(self, tmp_path: Path) -> None:
+        trainer = trainer_for(tmp_path, ramp=0.5)
+        trainer._graphs._wanted = True
+        trainer._graphs.recorder = Again()
+        with pytest.raises(RecipeError, match="steps of a ramp"):
+            trainer._graphs.check()

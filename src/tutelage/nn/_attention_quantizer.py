@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import integer_matmul, quantize
 from ..quantizers import BaseQuantizer, Quantized
+from ._gate import blend, gate_of
 from ._latent import latent, passed
 from ._precision import in_float32, without_autocast
 
@@ -105,6 +106,11 @@ class AttentionQuantizer(nn.Module):
         scaling: float,
     ) -> Float[Tensor, "batch heads queries keys"]:
         """Returns the quantized ``Q K^T * scaling``, in float32 under autocast too."""
+        gate = gate_of(self)
+        if gate is not None:
+            query = blend(query.float(), self.query(query.float()), gate)
+            key = blend(key.float(), self.key(key.float()), gate)
+            return torch.matmul(query, key.transpose(-1, -2)) * scaling
         scores = _QuantScores.apply(query, key, self.query, self.key, scaling)
         return cast("Tensor", scores)
 
@@ -115,5 +121,16 @@ class AttentionQuantizer(nn.Module):
         value: Float[Tensor, "batch heads keys width"],
     ) -> Float[Tensor, "batch heads queries width"]:
         """Returns the quantized ``P V``."""
+        gate = gate_of(self)
+        if gate is not None:
+            return self._blended_context(attention_map.float(), value.float(), gate)
         context = _QuantContext.apply(attention_map, value, self.attention_map, self.value)
         return cast("Tensor", context)
+
+    def _blended_context(self, attention_map: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+        # As where it is quantized, the map is rounded with V's scales in it.
+        folded = self.value.granularity == "row"
+        scale = self.value.quantize(value).scale.transpose(-1, -2) if folded else 1.0
+        rounded = self.attention_map(attention_map * scale) / scale
+        value = blend(value, self.value(value), gate)
+        return torch.matmul(blend(attention_map, rounded, gate), value)

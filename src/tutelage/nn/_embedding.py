@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..quantizers import BaseQuantizer
+from ._gate import blend, gate_of
 from ._subclass import with_forward_of
 from ._weight import QuantWeight
 
@@ -50,11 +51,15 @@ class QuantEmbedding(QuantWeight, nn.Embedding):
         Returns:
             Float32, shape (*batch, embedding_dim).
         """
+        gate = gate_of(self)
         if self.weight_quantizer.granularity == "row":
-            return self.weight_quantizer(super().forward(input))
+            rows = super().forward(input)
+            quantized = self.weight_quantizer(rows)
+            return quantized if gate is None else blend(rows, quantized, gate)
+        quantized = self.weight_quantizer(self.weight)
         return nn.functional.embedding(
             input,
-            self.weight_quantizer(self.weight),
+            quantized if gate is None else blend(self.weight, quantized, gate),
             self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,

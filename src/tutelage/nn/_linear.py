@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import dequantize, quantize, scaled_integer_linear
 from ..quantizers import Quantized, Quantizer, UniformQuantizer
+from ._gate import blend, gate_of
 from ._latent import latent, passed
 from ._precision import in_float32, without_autocast
 from ._weight import QuantWeight
@@ -146,6 +147,13 @@ class QuantProduct(QuantWeight):
         Returns:
             Shape (*batch, out_features), float32; computed so and then rounded under autocast.
         """
+        gate = gate_of(self)
+        if gate is not None:
+            rows, x = self.weight_rows(), input.float()
+            weight = blend(rows, self.weight_quantizer(rows), gate)
+            if self.input_quantizer is not None:
+                x = blend(x, self.input_quantizer(x), gate)
+            return nn.functional.linear(x, weight, self.bias)
         if self.input_quantizer is None:
             weight = self.weight_quantizer(self.weight_rows())
             return nn.functional.linear(input.to(weight.dtype), weight, self.bias)

@@ -26,6 +26,8 @@ class QATArguments(TrainingArguments):
         logging_nan_inf_filter: Off; it waits for the device at every step and hides NaN.
         qat_optimizer: ``"adamw"`` follows ``optim``; ``"bert_adam"`` is the published optimizer
             without bias correction, which clips every tensor on its own and not the whole gradient.
+        ramp: Part of the training, 0 to 1, in which weights and activations go from full precision
+            to quantized, linearly, see ``tutelage.nn.ramped``. Evaluation is always quantized.
         dropout: Train the student with its dropout on, as the published code does. Off by default:
             the teacher's signals carry none, and what dropout adds is noise in every loss term.
     """
@@ -38,6 +40,7 @@ class QATArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=32)
     per_device_eval_batch_size: int = field(default=64)
     qat_optimizer: Literal["adamw", "bert_adam"] = field(default="adamw")
+    ramp: float = field(default=0.0)
     dropout: bool = field(default=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class QATArguments(TrainingArguments):
             raise RecipeError(
                 f"qat_optimizer is {self.qat_optimizer!r}; use 'adamw' or 'bert_adam'."
             )
+        if not 0 <= self.ramp <= 1:
+            raise RecipeError(f"ramp is {self.ramp!r}, a part of the training; use 0 to 1.")
         if self.qat_optimizer == "bert_adam":
             self.max_grad_norm = 0.0
         if not torch.cuda.is_available():

@@ -144,6 +144,7 @@ def train_student(
                 bf16=section.bf16,
                 qat_optimizer=section.optimizer,
                 dropout=section.dropout,
+                ramp=section.ramp,
                 save_strategy="steps" if store else "no",
                 save_steps=save_steps,
                 save_total_limit=_KEPT_CHECKPOINTS,

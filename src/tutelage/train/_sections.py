@@ -254,6 +254,9 @@ class StudentSection(Section):
     )
     optimizer: Literal["adamw", "bert_adam"] = Field(default="adamw", description="optimizer")
     dropout: bool = Field(default=False, description="train the student with its dropout on")
+    ramp: Fraction = Field(
+        default=0.0, description="part of the training that goes from full precision to quantized"
+    )
     max_steps: Positive = Field(default=300, description="training steps")
     learning_rate: Rate | None = Field(
         default=None, description="peak learning rate; default: the library's"

@@ -48,6 +48,7 @@ def run_settings(
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         "processes": arguments.world_size,
         "dropout": getattr(arguments, "dropout", True),
+        "ramp": getattr(arguments, "ramp", 0.0),
         "seed": arguments.seed,
         "precision": precision,
     }

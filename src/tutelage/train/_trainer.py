@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..distill import SAMPLE_IDS, CachedTeacher, Distiller, LiveTeacher, Teacher
 from ..distill.losses import Losses
 from ..errors import CheckpointError, NonFiniteLossError
 from ..intervention import Schedule
+from ..nn import ramped
 from . import _checkpoint, _limits, _sharded
 from ._arguments import QATArguments
 from ._graphed import GraphedSteps
@@ -204,13 +206,27 @@ class QATTrainer(TwoStepTrainer):
         parts = self._parts if any(inputs is part for part in self._parts) else [inputs]
         begins = inputs is parts[0]
         progress = torch.full((), step / length, device=self.args.device)
-        terms = self._graphs.run(self._prepare_inputs(inputs), stage, progress)
+        gate = self._gate(step, length)
+        terms = None
+        if gate is None:
+            terms = self._graphs.run(self._prepare_inputs(inputs), stage, progress)
+        else:
+            self._graphs.skip()
         if terms is None:
-            terms = self._eager(model, inputs, parts, stage, progress)
+            blended = contextlib.nullcontext() if gate is None else ramped(model, gate)
+            with blended:
+                terms = self._eager(model, inputs, parts, stage, progress)
         for name, value in terms.items():
             total, steps = self._sums.get(name, (torch.zeros_like(value), 0))
             self._sums[name] = (total + value, steps + begins)
         return terms["loss"]
+
+    def _gate(self, step: int, length: int) -> Tensor | None:
+        """Returns how far the student is quantized at a step, ``None`` once it is so altogether."""
+        ramp = getattr(self.args, "ramp", 0.0) * length
+        if step >= ramp:
+            return None
+        return torch.full((), (step + 1) / (ramp + 1), device=self.args.device)
 
     def _eager(
         self,
