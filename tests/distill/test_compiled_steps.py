@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tutelage.intervention import stages
 from tutelage.kernels._native import native
+from tutelage.sites._compiled import heed_hooks
 
 
 def run(what: str, backend: str) -> Any:
@@ -39,7 +39,7 @@ def test_generated_code_is_close_over_a_hundred_steps() -> None:
     found = run("steps", "inductor")
     assert found["largest"] < 1e-3
     assert found["moved"] > 0
-    assert found["graphs"] >= 2
+    assert found["graphs"] == 1
     assert found["anew"] == 0
 
 
@@ -52,13 +52,7 @@ def test_the_trainer_takes_torch_compile() -> None:
     assert found["graphs"] >= 4
 
 
-def test_hooks_are_heeded_without_importing_the_compiler() -> None:
-    script = (
-        "import sys, tutelage\n"
-        "from tutelage.sites._compiled import heed_hooks\n"
-        "sys.modules.pop('torch._dynamo', None)\n"
-        "heed_hooks()\n"
-        "assert 'torch._dynamo' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
-    assert torch.compiler.is_compiling() is False
+def test_the_compiler_is_not_imported_for_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    heed_hooks()
+    assert "torch._dynamo" not in sys.modules

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
-import tutelage
 from helpers import save_tiny, write_rows
+from tutelage.cli import app
 from tutelage.errors import RecipeError, SchemeError, StudyError, TutelageError
 from tutelage.study import METHODS, Study, count_runs, load_study, run_study, summary_of
 from tutelage.study import _run as module
@@ -25,6 +24,8 @@ from tutelage.study._load import study_from_dict
 from tutelage.study._records import Point, Record, Records
 from tutelage.study._write import rows
 from tutelage.train.run import run_recipe
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +174,10 @@ def test_a_study_runs_once_grows_and_is_compared(
     make: Callable[..., Study], tmp_path: Path
 ) -> None:
     lines: list[str] = []
+    threads = torch.get_num_threads()
     methods = {"full-kd": None, "ti-g": None, "ptq": None}
-    summary = run_study(make(methods=methods), workers=1, report=lines.append)
+    summary = run_study(make(methods=methods, threads=2), workers=1, report=lines.append)
+    assert torch.get_num_threads() == threads
     assert lines[0] == "3 runs, 0 of them known"
     assert "left" in lines[-1]
     folder = tmp_path / "study"
@@ -369,32 +372,34 @@ def test_without_matplotlib_it_says_so(
     assert not (tmp_path / "study" / "plots").exists()
 
 
-def test_threads_are_put_back(make: Callable[..., Study]) -> None:
-    before = torch.get_num_threads()
-    run_study(make(methods=["full-kd"], threads=2), workers=1)
-    assert torch.get_num_threads() == before
-
-
 def test_the_command(tmp_path: Path, make: Callable[..., Study]) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(yaml.safe_dump(make().model_dump()))
-    command = [sys.executable, "-m", "tutelage.cli", "compare", str(file)]
 
     def call(*more: str) -> Any:
-        return subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        return CliRunner().invoke(app, ["compare", str(file), *more])
 
-    dry = call("--dry-run")
-    assert dry.stdout.strip() == "2 runs, 2 of them missing"
+    assert call("--dry-run").output.strip() == "2 runs, 2 of them missing"
     assert not (tmp_path / "study").exists()
     done = call("--workers", "1")
-    assert done.returncode == 0, done.stderr
-    assert "ti-g" in done.stdout
+    assert done.exit_code == 0
+    assert "[2/2] toy ternary-a8 ti-g 6 steps lr 0.001 seed 0: accuracy" in done.output
+    assert "tables and plots are in" in done.output
+    assert call("--dry-run").output.strip() == "2 runs, 0 of them missing"
     plain = call("--json")
-    assert len(json.loads(plain.stdout)["variants"]) == 2
-    wrong = call("seeds=nonsense")
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: ")
+    assert len(json.loads(plain.output)["variants"]) == 2
+    assert isinstance(call("seeds=nonsense").exception, StudyError)
 
 
-def test_the_package_offers_studies() -> None:
-    assert tutelage.study.run_study is run_study
+@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_studies_that_ship_are_valid(file: Path) -> None:
+    study = load_study(file)
+    assert len(cells(study)) >= len(study.methods) * len(study.seeds)
+
+
+def test_the_study_in_the_documents_is_valid() -> None:
+    text = (ROOT / "docs" / "comparing.md").read_text()
+    study = study_from_dict(yaml.safe_load(text.split("```yaml")[1].split("```")[0]))
+    assert list(study.methods) == ["full-kd", "ti-g", "mine"]
+    listed = text.split("## Methods in the box")[1]
+    assert all(f"`{name}`" in listed for name in METHODS if not name.endswith("-code"))
