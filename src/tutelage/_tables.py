@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from ._doctor import Finding
     from ._size import SizeReport
     from .bench import BenchResult, Speed
-    from .study import Summary
+    from .study import BlockError, Summary
     from .train.evaluation import Evaluation
     from .train.run import RunResult
 
 __all__ = [
     "bench_table",
+    "blocks_table",
     "evaluation_table",
     "findings_table",
     "result_table",
@@ -176,6 +177,22 @@ def _speed(speed: Speed) -> str:
 
 def _mebibytes(number: int | None) -> str:
     return "" if number is None else f"{number / 2**20:,.1f}"
+
+
+def blocks_table(found: list[BlockError]) -> Table:
+    """Returns the table of an analysis: squared error relative to the teacher's squared norm.
+
+    Args:
+        found: The errors of every block.
+    """
+    from .study._analysis import COLUMNS, table
+
+    made = Table(box=SIMPLE_HEAD, caption="squared error / squared norm of the teacher's signal")
+    for name in COLUMNS:
+        made.add_column(name)
+    for row in table(found):
+        made.add_row(*(Text(cell) for cell in row))
+    return made
 
 
 def study_table(found: Summary) -> Group:

@@ -360,6 +360,29 @@ def compare(
 
 
 @app.command()
+def analyze(
+    folder: _Folder,
+    examples: Annotated[int, typer.Option(min=1, help="Evaluation examples to use.")] = 256,
+    as_json: _Json = False,
+) -> None:
+    """Show how far a student's inner signals are from its teacher's, block by block."""
+    _quiet()
+    from ._tables import blocks_table
+    from .study import analyze as run
+
+    console = _console()
+    found = run(
+        folder,
+        examples=examples,
+        report=(lambda line: None) if as_json else reporter(console),
+    )
+    if as_json:
+        typer.echo(json.dumps([block.to_dict() for block in found]))
+    else:
+        console.print(blocks_table(found))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the student.")] = None,

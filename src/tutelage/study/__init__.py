@@ -1,5 +1,7 @@
 """Studies: methods, schemes, budgets and learning rates side by side."""
 
+from ._analysis import analyze
+from ._layers import BlockError, SignalError, block_errors
 from ._load import load_study
 from ._methods import METHODS
 from ._run import count_runs, run_study, summary_of
@@ -10,10 +12,14 @@ from ._write import COLUMNS, rows
 __all__ = [
     "COLUMNS",
     "METHODS",
+    "BlockError",
     "Comparison",
+    "SignalError",
     "Study",
     "Summary",
     "Variant",
+    "analyze",
+    "block_errors",
     "count_runs",
     "load_study",
     "rows",
