@@ -58,8 +58,14 @@ def logged(trainer: Any) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"bf16": True}, {"qat_optimizer": "bert_adam"}, {"max_grad_norm": 0.0}],
-    ids=["adamw", "bf16", "bert_adam", "unclipped"],
+    [
+        {},
+        {"bf16": True},
+        {"qat_optimizer": "bert_adam"},
+        {"max_grad_norm": 0.0},
+        {"ramp": 0.75, "rate_by_magnitude": True},
+    ],
+    ids=["adamw", "bf16", "bert_adam", "unclipped", "ramp"],
 )
 def test_the_run_is_the_same(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,6 @@ import tutelage
 from helpers import (
     ENCODER_TERMS,
     FAMILIES,
-    Again,
     differing,
     hooks_of,
     make_batch,
@@ -826,10 +825,3 @@ class TestRamp:
         for ramp in (-0.1, 1.1):
             with pytest.raises(RecipeError, match=r"ramp is .*; use 0 to 1"):
                 tutelage.QATArguments(str(tmp_path), ramp=ramp)
-
-    def test_is_not_recorded(self, tmp_path: Path) -> None:
-        trainer = trainer_for(tmp_path, ramp=0.5)
-        trainer._graphs._wanted = True
-        trainer._graphs.recorder = Again()
-        with pytest.raises(RecipeError, match="steps of a ramp"):
-            trainer._graphs.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError, UnsupportedModelError
 from ..intervention import NO_INTERVENTION
+from ..nn import ramp_gate, ramped
 from ..sites import Signals, Site, SiteMap
 from ._capturable import hold_rates, make_capturable
 from ._distributed import gradient_group, processes
@@ -47,6 +49,7 @@ class _Answers:
 class _Graph:
     batch: dict[str, Tensor]
     progress: Tensor | None
+    gate: Tensor | None
     answers: _Answers | None
     terms: dict[str, Tensor]
     norms: list[Tensor]
@@ -147,6 +150,9 @@ class GraphedTrainStep:
             graph.batch[name].copy_(value)
         if graph.progress is not None and progress is not None:
             graph.progress.copy_(progress)
+        gate = ramp_gate(self.train_step.distiller.student)
+        if graph.gate is not None and gate is not None:
+            graph.gate.copy_(gate)
         if graph.answers is not None and found is not None:
             graph.answers.take(*found)
         graph.replay()
@@ -207,6 +213,7 @@ class GraphedTrainStep:
             progress is None,
             tuple(sorted((name, t.shape, t.dtype) for name, t in batch.items())),
             student.training,
+            ramp_gate(student) is None,
             tuple(p.requires_grad for p in student.parameters()),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             self.train_step.max_grad_norm,
@@ -223,6 +230,9 @@ class GraphedTrainStep:
         distiller = self.train_step.distiller
         held = {name: value.clone() for name, value in batch.items()}
         at = None if progress is None else progress.clone()
+        student = distiller.student
+        gate = ramp_gate(student)
+        gate = None if gate is None else gate.clone()
         answers = None
         if found is not None:
             copies = {site: tuple(t.clone() for t in found[1][site]) for site in found[1]}
@@ -235,7 +245,8 @@ class GraphedTrainStep:
             if answers is not None:
                 distiller.teacher = answers
             try:
-                terms.update(self.train_step(held, stage, progress=at))
+                with contextlib.nullcontext() if gate is None else ramped(student, gate):
+                    terms.update(self.train_step(held, stage, progress=at))
                 if self.train_step.grad_norm is not None:
                     norms[:] = [self.train_step.grad_norm]
             finally:
@@ -248,7 +259,7 @@ class GraphedTrainStep:
         finally:
             before.restore()
         replay = self._recorder.record(step)
-        return _Graph(held, at, answers, terms, norms, replay)
+        return _Graph(held, at, gate, answers, terms, norms, replay)
 
 
 def _without_ids(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ._packed import PackedConv2d as PackedConv2d
 from ._packed import PackedEmbedding as PackedEmbedding
 from ._packed import PackedLinear as PackedLinear
 from ._packed import PackedWeight as PackedWeight
+from ._ramp import ramp_gate as ramp_gate
 from ._ramp import ramped as ramped
 from ._weight import QuantWeight as QuantWeight
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ._attention_quantizer import AttentionQuantizer
-from ._gate import GATE
+from ._gate import GATE, gate_of
 from ._weight import QuantWeight
 
-__all__ = ["ramped"]
+__all__ = ["ramp_gate", "ramped"]
 
 
 @contextlib.contextmanager
@@ -29,11 +28,31 @@ def ramped(student: nn.Module, gate: Float[Tensor, ""]) -> Iterator[None]:
         student: A prepared model.
         gate: From 0 to 1, on the student's device.
     """
-    modules = [m for m in student.modules() if isinstance(m, QuantWeight | AttentionQuantizer)]
+    modules = _blended(student)
+    before = ramp_gate(student)
     try:
-        for module in modules:
-            cast("nn.Module", module).__dict__[GATE] = gate
+        _set(modules, gate)
         yield
     finally:
-        for module in modules:
-            cast("nn.Module", module).__dict__.pop(GATE, None)
+        _set(modules, before)
+
+
+def ramp_gate(student: nn.Module) -> Float[Tensor, ""] | None:
+    """Returns how far a student is quantized inside ``ramped``; ``None`` outside.
+
+    Args:
+        student: A prepared model.
+    """
+    return next((gate_of(module) for module in _blended(student)), None)
+
+
+def _blended(student: nn.Module) -> list[nn.Module]:
+    return [m for m in student.modules() if isinstance(m, QuantWeight | AttentionQuantizer)]
+
+
+def _set(modules: list[nn.Module], gate: Tensor | None) -> None:
+    for module in modules:
+        if gate is None:
+            module.__dict__.pop(GATE, None)
+        else:
+            module.__dict__[GATE] = gate

@@ -28,6 +28,8 @@ class QATArguments(TrainingArguments):
             without bias correction, which clips every tensor on its own and not the whole gradient.
         ramp: Part of the training, 0 to 1, in which weights and activations go from full precision
             to quantized, linearly, see ``tutelage.nn.ramped``. Evaluation is always quantized.
+        rate_by_magnitude: The learning rate of every quantized weight is in proportion to its mean
+            magnitude at the start, see ``tutelage.train.rate_factor``.
         dropout: Train the student with its dropout on, as the published code does. Off by default:
             the teacher's signals carry none, and what dropout adds is noise in every loss term.
     """
@@ -41,6 +43,7 @@ class QATArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64)
     qat_optimizer: Literal["adamw", "bert_adam"] = field(default="adamw")
     ramp: float = field(default=0.0)
+    rate_by_magnitude: bool = field(default=False)
     dropout: bool = field(default=False)
 
     def __post_init__(self) -> None:

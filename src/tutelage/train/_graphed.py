@@ -65,18 +65,12 @@ class GraphedSteps:
             RecipeError: It was, and they cannot.
         """
         reason = self._reason()
-        if not reason and getattr(self._trainer.args, "ramp", False):
-            reason = "steps of a ramp are not recorded"
         if self._wanted and reason:
             raise RecipeError(f"graph=True, but {reason}; leave graph out to train without.")
 
     def begin(self) -> None:
         """Forgets the graphs of an earlier training, whose optimizer state may be another."""
         self._step = None
-
-    def skip(self) -> None:
-        """Leaves a step to the trainer."""
-        self.done = False
 
     def run(
         self, batch: Mapping[str, Any], stage: str, progress: Tensor

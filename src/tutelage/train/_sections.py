@@ -257,6 +257,13 @@ class StudentSection(Section):
     ramp: Fraction = Field(
         default=0.0, description="part of the training that goes from full precision to quantized"
     )
+    rate_by_magnitude: Flag = Field(
+        default=False,
+        description="learning rate of a quantized weight in proportion to its mean magnitude",
+    )
+    group_by_length: Flag = Field(
+        default=False, description="batches of texts of about equal length, which pad little"
+    )
     max_steps: Positive = Field(default=300, description="training steps")
     learning_rate: Rate | None = Field(
         default=None, description="peak learning rate; default: the library's"

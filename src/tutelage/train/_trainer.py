@@ -207,14 +207,9 @@ class QATTrainer(TwoStepTrainer):
         begins = inputs is parts[0]
         progress = torch.full((), step / length, device=self.args.device)
         gate = self._gate(step, length)
-        terms = None
-        if gate is None:
+        with contextlib.nullcontext() if gate is None else ramped(model, gate):
             terms = self._graphs.run(self._prepare_inputs(inputs), stage, progress)
-        else:
-            self._graphs.skip()
-        if terms is None:
-            blended = contextlib.nullcontext() if gate is None else ramped(model, gate)
-            with blended:
+            if terms is None:
                 terms = self._eager(model, inputs, parts, stage, progress)
         for name, value in terms.items():
             total, steps = self._sums.get(name, (torch.zeros_like(value), 0))

@@ -11,7 +11,9 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..errors import RecipeError
 from ..intervention import Schedule
+from ._lengths import LengthSampler, lengths_of
 from ._optim import BertAdam, reset_state, two_step_multiplier
+from ._rates import scale_rates
 from ._storing import StoringTrainer
 
 __all__ = ["TwoStepTrainer"]
@@ -65,7 +67,9 @@ class TwoStepTrainer(StoringTrainer):
         return self._active_schedule
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Makes the optimizer; the published one where the arguments ask for it."""
+        """Makes the optimizer as the arguments ask for it, see ``QATArguments``."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
         if getattr(self.args, "qat_optimizer", "adamw") == "bert_adam":
             constants = {
                 "lr": self.args.learning_rate,
@@ -73,7 +77,23 @@ class TwoStepTrainer(StoringTrainer):
                 "eps": 1e-6,
             }
             self.optimizer_cls_and_kwargs = (BertAdam, constants)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if getattr(self.args, "rate_by_magnitude", False):
+            scale_rates(optimizer, cast("nn.Module", self.model if model is None else model))
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = lengths_of(dataset) if hasattr(dataset, "__len__") else None
+        if lengths is None:
+            raise RecipeError(
+                "train_sampling_strategy is 'group_by_length', and the training data have no "
+                "'input_ids' or no length; leave it out."
+            )
+        count = self.args.gradient_accumulation_steps * max(self.args.world_size, 1)
+        return LengthSampler(lengths, self.args.train_batch_size * count, self.args.seed)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Returns the parameters with weight decay; those of quantizers have none."""
