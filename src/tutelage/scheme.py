@@ -61,11 +61,14 @@ class WeightSpec(_Spec):
         kind: ``"ternary"``, ``"binary"`` or ``"four-level"``.
         granularity: One scale per ``"row"`` (output channel) or per ``"tensor"``.
         clip: Latent weights are clamped to [-clip, clip], gradients are zero beyond; or ``None``.
+        learned_scale: Train a factor of every scale with the weights. For products only: of a
+            table of embeddings a batch sees few rows.
     """
 
     kind: str
     granularity: Granularity = "row"
     clip: Annotated[float, Field(gt=0)] | None = None
+    learned_scale: bool = False
 
     @model_validator(mode="after")
     def _known(self) -> WeightSpec:
@@ -153,6 +156,12 @@ class ModuleSpec(_Spec):
     attention: AttentionSpec | None = None
     arithmetic: Literal["integer", "float"] = "integer"
     shared_with: str | None = None
+
+    @model_validator(mode="after")
+    def _scale_of_a_product(self) -> ModuleSpec:
+        if self.kind == "embedding" and self.weight is not None and self.weight.learned_scale:
+            raise ValueError("learned_scale is for products, not for a table of embeddings")
+        return self
 
 
 class Rule(_Spec):
@@ -248,6 +257,14 @@ class Scheme(_Spec):
     def without_attention(self) -> Scheme:
         """Returns the same scheme with the products inside attention in full precision."""
         return self.model_copy(update={"attention": None})
+
+    def with_learned_scales(self) -> Scheme:
+        """Returns the same scheme with a trained factor of every scale of a product's weight.
+
+        The rules keep what they say. See ``WeightSpec.learned_scale``.
+        """
+        weight = self.weight.model_copy(update={"learned_scale": True})
+        return self.model_copy(update={"weight": weight})
 
     def rule_for(self, name: str) -> Rule | None:
         """Returns the rule that decides about the module called ``name``, if there is one."""

@@ -95,12 +95,12 @@ def quantize(
     if kind is not None:
         x = x.contiguous() if factor is None else x * factor
         torch.ops.tutelage.quantize_weight(x, *kind, codes, scale, _isa(x.device))
-    else:
-        if factor is not None:
-            factor = _contiguous_rows(factor.detach().expand(x.shape))
-        torch.ops.tutelage.quantize_uniform(
-            _contiguous_rows(x), factor, quantizer.grid.hi, signed, codes, scale, _isa(x.device)
-        )
+        return quantizer.with_gain(Quantized(codes, scale))  # type: ignore[attr-defined]
+    if factor is not None:
+        factor = _contiguous_rows(factor.detach().expand(x.shape))
+    torch.ops.tutelage.quantize_uniform(
+        _contiguous_rows(x), factor, quantizer.grid.hi, signed, codes, scale, _isa(x.device)
+    )
     return Quantized(codes, scale)
 
 

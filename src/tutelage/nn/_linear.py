@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..kernels import dequantize, quantize, scaled_integer_linear
-from ..quantizers import Quantized, Quantizer, UniformQuantizer
+from ..quantizers import Quantized, Quantizer, UniformQuantizer, gain_gradient
 from ._gate import blend, gate_of
 from ._latent import latent, passed
 from ._precision import in_float32, without_autocast
@@ -79,6 +79,7 @@ class _QuantLinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        log_gain: Tensor | None,
         input_quantizer: Quantizer,
         weight_quantizer: Quantizer,
         arithmetic: Arithmetic,
@@ -98,17 +99,19 @@ class _QuantLinearFunction(torch.autograd.Function):
         x, weight, *quantized = ctx.saved_tensors
         qx, qw = Quantized(*quantized[:2]), Quantized(*quantized[2:])
         input_quantizer, weight_quantizer = ctx.quantizers
-        grad_x = grad_weight = grad_bias = None
+        grad_x = grad_weight = grad_bias = grad_gain = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.matmul(grad, dequantize(qw))
             grad_x = passed(input_quantizer, grad_x, x, qx)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             values = dequantize(qx).reshape(-1, qx.codes.shape[-1])
             grad_weight = torch.matmul(grad.reshape(-1, grad.shape[-1]).t(), values)
+            if ctx.needs_input_grad[3]:
+                grad_gain = gain_gradient(grad_weight, qw)
             grad_weight = passed(weight_quantizer, grad_weight, weight, qw)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_gain, None, None, None
 
 
 class QuantProduct(QuantWeight):
@@ -163,6 +166,7 @@ class QuantProduct(QuantWeight):
                 input,
                 self.weight_rows(),
                 self.bias,
+                getattr(self.weight_quantizer, "log_gain", None),
                 self.input_quantizer,
                 self.weight_quantizer,
                 self.arithmetic,

@@ -3,6 +3,7 @@
 from ._base import BaseQuantizer as BaseQuantizer
 from ._base import Granularity as Granularity
 from ._base import Quantizer as Quantizer
+from ._base import gain_gradient as gain_gradient
 from ._estimators import ClippedSTE as ClippedSTE
 from ._estimators import GradientEstimator as GradientEstimator
 from ._estimators import StraightThrough as StraightThrough

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._estimators import ClippedSTE, GradientEstimator, StraightThrough
 from ._grid import Grid, Quantized
 
-__all__ = ["BaseQuantizer", "Granularity", "Quantizer"]
+__all__ = ["BaseQuantizer", "Granularity", "Quantizer", "gain_gradient"]
 
 Granularity = Literal["tensor", "row"]
 """One scale for the whole tensor, or one for every vector along the last dimension.
@@ -43,27 +43,48 @@ class Quantizer(Protocol):
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantizer: Quantizer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, log_gain: Tensor | None, quantizer: Quantizer) -> Tensor:
         quantized = quantizer.quantize(x)
         ctx.save_for_backward(x, *quantized)
         ctx.quantizer = quantizer
         return quantized.dequantize()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, codes, scale = ctx.saved_tensors
-        quantizer = ctx.quantizer
-        return quantizer.estimator(grads[0], x, Quantized(codes, scale), quantizer.grid), None
+        quantizer, quantized = ctx.quantizer, Quantized(codes, scale)
+        gain = gain_gradient(grads[0], quantized) if ctx.needs_input_grad[1] else None
+        return quantizer.estimator(grads[0], x, quantized, quantizer.grid), gain, None
+
+
+def gain_gradient(
+    grad: Float[Tensor, "rows width"], quantized: Quantized
+) -> Float[Tensor, "scales 1"]:
+    """Returns the gradient of ``log_gain``: with q = c s e^g it is the sum of dL/dq * q.
+
+    Args:
+        grad: dL/dq, the gradient of the dequantized values.
+        quantized: Codes c and scale s e^g, one scale a row or a single one.
+    """
+    sums = (grad * quantized.codes).sum(-1, keepdim=True)
+    if quantized.scale.numel() == 1:
+        sums = sums.sum().reshape(1, 1)
+    return sums * quantized.scale.reshape(-1, 1)
 
 
 class BaseQuantizer(nn.Module):
     """Shared part of the quantizers: granularity, clipping, gradient.
 
     Subclasses set ``grid`` and implement ``quantize``.
+
+    Attributes:
+        log_gain: Logarithm of what the scales are multiplied by, learned with the weights, shape
+            (scales, 1); ``None`` where scales follow from the values alone. See ``learn_scale``.
     """
 
     grid: Grid
     estimator: GradientEstimator
+    log_gain: nn.Parameter | None
 
     def __init__(
         self,
@@ -81,6 +102,7 @@ class BaseQuantizer(nn.Module):
                 straight-through estimator where nothing is clipped.
         """
         super().__init__()
+        self.register_parameter("log_gain", None)
         if granularity not in ("tensor", "row"):
             raise ValueError(f"granularity is {granularity!r}; use 'tensor' or 'row'.")
         if clip is not None and not clip > 0:
@@ -105,7 +127,31 @@ class BaseQuantizer(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Returns the quantized values of ``x``; the gradient passes through the estimator."""
-        return cast("Tensor", _FakeQuantize.apply(x, self))
+        return cast("Tensor", _FakeQuantize.apply(x, self.log_gain, self))
+
+    def learn_scale(self, rows: int) -> None:
+        """Adds a learned factor e^g to every scale; g begins at 0 and is a parameter.
+
+        The scale of learned step size quantization (LSQ, arXiv 1902.08153) and of BiT
+        (arXiv 2205.13016), relative to the one that follows from the weights: a step of the
+        optimizer changes it by a share, whatever its size, and it cannot become negative.
+
+        Args:
+            rows: Rows of the weight that is quantized.
+        """
+        count = rows if self.granularity == "row" else 1
+        self.log_gain = nn.Parameter(torch.zeros(count, 1))
+
+    def with_gain(self, quantized: Quantized) -> Quantized:
+        """Returns codes and scale with the learned factor in the scale, where there is one.
+
+        Args:
+            quantized: Codes and the scale that follows from the values.
+        """
+        if self.log_gain is None:
+            return quantized
+        gain = self.log_gain.detach().exp().reshape(quantized.scale.shape)
+        return Quantized(quantized.codes, quantized.scale * gain)
 
     def _prepare(self, x: Tensor) -> Tensor:
         x = x.detach().float()

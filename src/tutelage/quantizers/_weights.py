@@ -39,7 +39,8 @@ class TernaryQuantizer(BaseQuantizer):
         keep = (magnitude > mean * self.threshold).float()
         scale = self._sum(magnitude.mul_(keep)) / self._sum(keep).clamp_(min=1.0)
         # Adding 0 makes -0 the 0 that is packed; mean * 0 is NaN for a row that is not finite.
-        return Quantized(keep.mul_(torch.sign(w)).add_(0.0), scale + mean * 0.0)
+        codes = keep.mul_(torch.sign(w)).add_(0.0)
+        return self.with_gain(Quantized(codes, scale + mean * 0.0))
 
 
 class BinaryQuantizer(BaseQuantizer):
@@ -55,7 +56,7 @@ class BinaryQuantizer(BaseQuantizer):
         w = self._prepare(x)
         codes = torch.where(w < 0, -1.0, 1.0)
         scale = self._sum(w.abs()) / max(self._count(w), 1)
-        return Quantized(codes, scale)
+        return self.with_gain(Quantized(codes, scale))
 
 
 class FourLevelQuantizer(BaseQuantizer):
@@ -79,4 +80,4 @@ class FourLevelQuantizer(BaseQuantizer):
         scale = self._sum(magnitude.mul_(codes)) / self._sum(codes.square()).clamp_(min=1.0)
         codes = torch.where(w < 0, -codes, codes)
         # mean * 0 is NaN for a row that is not finite.
-        return Quantized(codes, scale + mean * 0.0)
+        return self.with_gain(Quantized(codes, scale + mean * 0.0))

@@ -20,9 +20,8 @@ from torch import nn
 
 from .._prepare import prepare
 from ..errors import NonFiniteLossError, StudyError
-from ..scheme import Scheme
 from ..train._phases import obtain_teacher, train_student
-from ..train._plan import Plan, make_losses, make_plan, make_schedule
+from ..train._plan import Plan, make_losses, make_plan, make_schedule, make_scheme
 from ..train.recipe import Recipe
 from ._evaluation import Curve, Evaluator
 from ._grid import Cell, evaluation_steps
@@ -140,9 +139,7 @@ def _shared(recipe: Recipe) -> Recipe:
 
 
 def _run(cell: Cell, task: _Task) -> tuple[tuple[Point, ...], npt.NDArray[np.float32] | None]:
-    scheme = Scheme.preset(cell.scheme)
-    if not cell.recipe.student.quantize_attention:
-        scheme = scheme.without_attention()
+    scheme = make_scheme(cell.recipe.student)
     if not cell.steps:
         source = task.plan.model if task.plan.model_has_head else task.teacher
         student = prepare(copy.deepcopy(source), scheme).to(_device()).eval()

@@ -24,7 +24,14 @@ from .augment import Augmenter
 from .recipe import DataSection, Recipe, StudentSection
 from .tasks import TASKS, Head, Task, TaskDataset
 
-__all__ = ["Plan", "make_losses", "make_plan", "make_schedule", "save_and_eval_steps"]
+__all__ = [
+    "Plan",
+    "make_losses",
+    "make_plan",
+    "make_schedule",
+    "make_scheme",
+    "save_and_eval_steps",
+]
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,7 @@ def make_plan(recipe: Recipe, report: Callable[[str], None]) -> Plan:
     Raises:
         TutelageError: Something does not exist or does not fit.
     """
-    scheme = Scheme.preset(recipe.student.scheme)
-    if not recipe.student.quantize_attention:
-        scheme = scheme.without_attention()
+    scheme = make_scheme(recipe.student)
     schedule, terms = make_schedule(recipe), make_losses(recipe.student)
     save_and_eval_steps(recipe.student)
     name, teacher_name = recipe.model.name_or_path, recipe.model.teacher
@@ -150,6 +155,21 @@ def _augmentation(
     augmenter = Augmenter.load(recipe.data.augment, recipe.seed)
     file = Path(recipe.output) / AUGMENTED
     return lambda: encode(augmented(train, augmenter, file, report))
+
+
+def make_scheme(section: StudentSection) -> Scheme:
+    """Returns how the student is quantized.
+
+    Args:
+        section: Of a recipe.
+
+    Raises:
+        SchemeError: There is no scheme of that name.
+    """
+    scheme = Scheme.preset(section.scheme)
+    if not section.quantize_attention:
+        scheme = scheme.without_attention()
+    return scheme.with_learned_scales() if section.learned_scales else scheme
 
 
 def make_schedule(recipe: Recipe) -> Schedule:

@@ -244,6 +244,9 @@ class StudentSection(Section):
     quantize_attention: Flag = Field(
         default=True, description="quantize the products inside attention, too"
     )
+    learned_scales: Flag = Field(
+        default=False, description="train a factor of every weight scale with the weights"
+    )
     losses: Literal["default", "reference"] | dict[str, Rate] = Field(
         default="default",
         description="distillation losses: a set's name, or terms with their weights, such as "
