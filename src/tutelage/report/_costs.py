@@ -38,9 +38,9 @@ def size_blocks(facts: Facts) -> Iterator[Block]:
         f"{mib(size.weight_bytes)}, {teacher / size.weight_bytes:.1f} times smaller",
     )
     yield Bar(
-        "student, 1:1",
+        "the same",
         tuple(Part(part.kind, part.bytes / size.weight_bytes, i) for i, part in enumerate(parts)),
-        "its parts as in the table",
+        "the student again, enlarged; its parts as in the table",
     )
     rows: list[tuple[str | Cell, ...]] = [
         (

@@ -9,6 +9,8 @@ from ..train.metrics import METRICS
 __all__ = ["change", "count", "duration", "mib", "named", "percent", "shown", "significant"]
 
 _SHARES = ("agreement",)
+_BLANK = "\u00a0"
+"""Between a figure and its unit, so that no line ends there."""
 
 
 def _fraction(metric: str) -> bool:
@@ -35,7 +37,7 @@ def change(metric: str, value: float) -> str:
         value: The difference.
     """
     if _fraction(metric):
-        return f"{100 * value:+.1f} points"
+        return f"{100 * value:+.1f}{_BLANK}points"
     return f"{'+' if value >= 0 else '-'}{significant(abs(value))}"
 
 
@@ -46,7 +48,7 @@ def percent(value: float, digits: int = 1) -> str:
         value: The fraction.
         digits: Behind the point.
     """
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.{digits}f}{_BLANK}%"
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -81,7 +83,7 @@ def mib(size: int) -> str:
     Args:
         size: The bytes.
     """
-    return f"{significant(size / 2**20)} MiB"
+    return f"{significant(size / 2**20)}{_BLANK}MiB"
 
 
 def duration(seconds: float) -> str:

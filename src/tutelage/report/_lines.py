@@ -146,7 +146,7 @@ def axes(across: Scale, up: Scale, x_label: str, y_label: str) -> Markup:
     parts.append(_rule(across.start, up.start, across.end, up.start, "axis"))
     middle = (across.start + across.end) / 2
     parts.append(text(middle, up.start + 35, x_label, class_="label"))
-    x, y = 14.0, (up.start + up.end) / 2
+    x, y = 13.0, (up.start + up.end) / 2
     turned = f"rotate(-90 {x:g} {y:g})"
     parts.append(
         element("text", y_label, x=x, y=y, transform=turned, text_anchor="middle", class_="label")
@@ -158,9 +158,9 @@ def _tick(value: float) -> str:
     size = abs(value)
     if value == 0:
         return "0"
-    if size >= 1e6 or size < 1e-4:
-        mantissa, _, exponent = f"{value:.0e}".partition("e")
-        return f"{mantissa}e{int(exponent)}"
+    if size >= 1e6 or size < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,g}"
 
 

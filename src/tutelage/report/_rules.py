@@ -18,7 +18,7 @@ __all__ = ["RULES", "findings"]
 
 Rule = Callable[[Facts], Iterable[Finding]]
 
-_LOSS = 0.03
+_LOSS, _MUCH = 0.01, 0.03
 _SURE = 2.0
 """Standard errors after which a difference is taken for one."""
 _MAJORITY, _CONSTANT = 0.75, 0.95
@@ -66,17 +66,19 @@ def worse(facts: Facts) -> Iterator[Finding]:
     if METRICS[metric].greater_is_better:
         errors = None if facts.answers is None else facts.answers.errors
         sure = 0.0 if errors is None else _SURE * errors.difference
-        bad = teacher - student > max(_LOSS, sure)
+        lost = teacher - student
+        bad, much = lost > max(_LOSS, sure), lost > _MUCH
     else:
-        bad = student > 1.1 * teacher
+        bad, much = student > 1.05 * teacher, student > 1.2 * teacher
     if bad:
         yield Finding(
             "worse",
-            f"The student's {named(metric)} is {shown(metric, student)}, the teacher's "
-            f"{shown(metric, teacher)} ({change(metric, student - teacher)}).",
+            f"The student is {'much' if much else 'clearly'} worse than its teacher: "
+            f"{named(metric)} {shown(metric, student)} against {shown(metric, teacher)} "
+            f"({change(metric, student - teacher)}).",
             "Train longer (student.max_steps), try another learning rate, or take a scheme with "
             "more bits, such as w2-a8; tutelage compare tells which helps.",
-            serious=True,
+            serious=much,
         )
 
 

@@ -16,6 +16,7 @@ from ._page import Finding
 __all__ = ["TRAINING_RULES", "jump", "still_falling"]
 
 _FALL, _JUMP, _BEFORE = 0.05, 1.5, 3
+_PARTS = 4
 
 
 def no_log(facts: Facts) -> Iterator[Finding]:
@@ -36,7 +37,7 @@ def falling(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "falling",
             f"The loss was still falling at the end: by {percent(fall, 0)} from the last but one "
-            "to the last fifth of the plain training.",
+            "to the last quarter of the training without intervention.",
             f"Train longer: student.max_steps={2 * facts.recipe.student.max_steps}.",
         )
 
@@ -44,8 +45,8 @@ def falling(facts: Facts) -> Iterator[Finding]:
 def still_falling(log: TrainingLog) -> float | None:
     """Returns the relative fall of the loss over the end of the part without intervention.
 
-    The mean over the last fifth is compared with that over the fifth before; a fall counts from
-    5 % on, and where it is more than twice its standard error.
+    The mean over the last quarter is compared with that over the quarter before; a fall counts
+    from 5 % on, and where it is more than twice its standard error.
 
     Args:
         log: The log.
@@ -54,7 +55,7 @@ def still_falling(log: TrainingLog) -> float | None:
         The fall, ``None`` where there is none to speak of.
     """
     plain = [e.loss for e in log.logged if set(e.stages) <= {"none"}]
-    size = len(plain) // 5
+    size = len(plain) // _PARTS
     if size < 2:
         return None
     before, last = plain[-2 * size : -size], plain[-size:]

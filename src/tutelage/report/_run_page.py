@@ -76,9 +76,9 @@ def _cards(facts: Facts) -> Iterator[Card]:
         errors = None if facts.answers is None else facts.answers.errors
         sure = ""
         if errors is not None:
-            sure = " ± " + change(result.metric, errors.difference).lstrip("+").split(" ")[0]
+            sure = " ± " + change(result.metric, errors.difference).lstrip("+").split()[0]
         off = change(result.metric, pair[1] - pair[0])
-        number, _, unit = off.partition(" ")
+        number, unit = (*off.split(), "")[:2]
         yield Card(
             f"{named(result.metric)} of the student",
             shown(result.metric, pair[1]),
@@ -97,7 +97,7 @@ def _cards(facts: Facts) -> Iterator[Card]:
         )
     speed = speed_headline(facts)
     if speed is not None:
-        yield Card("speed", speed[0], f"of {speed[1]}")
+        yield Card("speed", speed[0], f"as fast as {speed[1]}")
 
 
 def _done(facts: Facts) -> Iterator[Block]:
@@ -132,7 +132,7 @@ def _done(facts: Facts) -> Iterator[Block]:
             + " (in the process that finished the run)",
         ),
     ]
-    yield Table("The run", ("", "what"), tuple(rows), left=(1,))
+    yield Table("The run", ("", ""), tuple(rows), left=(1,))
     plain = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
     yield Pre("The resolved recipe, every default included", plain)
 

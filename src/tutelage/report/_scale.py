@@ -69,7 +69,7 @@ def _linear(low: float, high: float, wanted: int) -> list[float]:
     ticks = itertools.takewhile(
         lambda tick: tick <= high + _EDGE * step, (i * step for i in itertools.count(first))
     )
-    return [round(tick, 12) for tick in ticks]
+    return [float(f"{tick:.10g}") for tick in ticks]
 
 
 def fit(

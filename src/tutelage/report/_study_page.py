@@ -277,6 +277,6 @@ def _done(facts: StudyFacts) -> Iterator[Block]:
         ("teachers", teachers),
         ("machines", places),
     )
-    yield Table("The study", ("", "what"), table, left=(1,))
+    yield Table("The study", ("", ""), table, left=(1,))
     plain = yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True)
     yield Pre("The study as it was asked for", plain)

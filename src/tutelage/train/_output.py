@@ -54,6 +54,10 @@ _OWN = (
     TEACHER_CACHE,
     TEACHER,
     CHECKPOINTS,
+    # What other commands say of the student that goes.
+    "bench.json",
+    "report.html",
+    "analysis",
 )
 _LEFTOVERS = (
     ".packed*",
