@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ..train._log import Logged, TrainingLog
 from ..train.metrics import METRICS
 from ._facts import Facts
-from ._format import named, percent, shown, significant
+from ._format import named, percent, shown
 from ._page import Finding
 
 __all__ = ["TRAINING_RULES", "jump", "still_falling"]
@@ -72,7 +72,7 @@ def jumped(facts: Facts) -> Iterator[Finding]:
     found = None if facts.log is None else jump(facts.log)
     if found is not None:
         entry, factor, rate = found
-        at = "" if rate is None else f" at the learning rate {significant(rate)}"
+        at = "" if rate is None else f" at the learning rate {rate:.2g}"
         lower = "" if rate is None else f": student.learning_rate={rate / 3:.1e}"
         yield Finding(
             "jumped",

@@ -116,7 +116,7 @@ def _done(facts: Facts) -> Iterator[Block]:
         ),
         (
             "learning rate",
-            "the default" if section.learning_rate is None else significant(section.learning_rate),
+            "the default" if section.learning_rate is None else f"{section.learning_rate:g}",
         ),
         (
             "data",

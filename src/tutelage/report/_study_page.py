@@ -68,7 +68,7 @@ def study_page(facts: StudyFacts) -> Page:
         facts: The study.
     """
     summary, study = facts.summary, facts.study
-    places = dict.fromkeys((v.task, v.scheme, v.steps) for v in summary.variants if v.steps)
+    places = _places(summary)
     sections = [
         Section("methods", "Methods side by side", tuple(_methods(facts))),
         *(
@@ -93,6 +93,13 @@ def study_page(facts: StudyFacts) -> Page:
         findings=study_findings(facts),
         sections=tuple(sections),
     )
+
+
+def _places(summary: Summary) -> list[Place]:
+    """Returns task, scheme and budget of every comparison; no budget where nothing trains."""
+    found = dict.fromkeys((v.task, v.scheme, v.steps) for v in summary.variants)
+    trained = {place[:2] for place in found if place[2]}
+    return [place for place in found if place[2] or place[:2] not in trained]
 
 
 def _title(place: Place) -> str:
@@ -136,26 +143,12 @@ def _cards(summary: Summary) -> Iterator[Card]:
             f"KL {significant(found.best.kl or 0.0)}, {named(metric)} "
             f"{shown(metric, found.best.metric)} (teacher "
             f"{shown(metric, summary.teachers[found.best.task])}), rate "
-            f"{'default' if rate is None else significant(rate)}",
+            f"{'default' if rate is None else f'{rate:g}'}",
         )
 
 
 def _methods(facts: StudyFacts) -> Iterator[Block]:
     summary = facts.summary
-    best = {id(found) for found in _best(summary).values()}
-    cells = []
-    for found, row in zip(summary.comparisons, rows(summary), strict=True):
-        strong = id(found) in best
-        made = tuple(Cell(c, strong=True) if strong and i == 6 else c for i, c in enumerate(row))
-        cells.append((f"{row[3]}", *made[:3], *made[4:]))
-    columns = (COLUMNS[3], *COLUMNS[:3], *COLUMNS[4:])
-    yield Table(
-        "Every method at the learning rate where its KL to the teacher is lowest, on the "
-        "evaluation data and without intervention: mean and standard deviation over seeds",
-        columns,
-        tuple(cells),
-        left=(1, 2),
-    )
     intervals = [
         (
             f"{c.best.method}, {_title((c.best.task, c.best.scheme, c.best.steps))}",
@@ -180,6 +173,24 @@ def _methods(facts: StudyFacts) -> Iterator[Block]:
         yield Text("There is nothing to compare with the baseline yet.", missing=True)
 
 
+def _table(summary: Summary, place: Place) -> Table:
+    """Returns the rows of a place, and those of methods that do not train."""
+    task, scheme, steps = place
+    top = _best(summary).get(place)
+    found: list[tuple[str | Cell, ...]] = []
+    for comparison, row in zip(summary.comparisons, rows(summary), strict=True):
+        best = comparison.best
+        if (best.task, best.scheme) == (task, scheme) and best.steps in (steps, 0):
+            method, *cells = (cell.replace("+-", "±") for cell in row[3:])
+            found.append((Cell(method, strong=comparison is top), *cells))
+    return Table(
+        "Every method at the learning rate where its KL to the teacher is lowest, on the "
+        "evaluation data and without intervention: mean and standard deviation over seeds",
+        COLUMNS[3:],
+        tuple(found),
+    )
+
+
 def _place(summary: Summary, place: Place) -> Iterator[Block]:
     names = list(dict.fromkeys(v.method for v in summary.variants))
     here = [v for v in summary.variants if (v.task, v.scheme, v.steps) == place]
@@ -195,6 +206,7 @@ def _place(summary: Summary, place: Place) -> Iterator[Block]:
         for v in tops
         if v.curve
     ]
+    yield _table(summary, place)
     if not curves:
         yield Text("No run here has a KL to show.", missing=True)
         return
@@ -253,7 +265,7 @@ def _variant(v: Variant, summary: Summary) -> tuple[str | Cell, ...]:
         v.task,
         v.scheme,
         f"{v.steps:,}",
-        "default" if v.learning_rate is None else significant(v.learning_rate),
+        "default" if v.learning_rate is None else f"{v.learning_rate:g}",
         Cell(f"{len(v.seeds)}{lost}", strong=bool(v.failed)),
         shown(metric, v.metric) + (f" ± {100 * v.metric_spread:.1f}" if spread else ""),
         kl + (f" ± {significant(v.kl_spread)}" if spread and v.kl is not None else ""),

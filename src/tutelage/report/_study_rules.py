@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..study import Study, Summary
-from ._format import count, percent, significant
+from ._format import count, percent
 from ._page import Finding
 
 __all__ = ["STUDY_RULES", "StudyFacts", "study_findings"]
@@ -187,7 +187,7 @@ def machines(facts: StudyFacts) -> Iterator[Finding]:
 
 
 def _rate(rate: float | None) -> str:
-    return "the default rate" if rate is None else significant(rate)
+    return "the default rate" if rate is None else f"{rate:g}"
 
 
 STUDY_RULES: tuple[Callable[[StudyFacts], Iterable[Finding]], ...] = (
