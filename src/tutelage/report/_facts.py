@@ -144,7 +144,10 @@ def _run(
     answers = quick = None
     if wanted.answers:
         say(f"running teacher and student on {len(pair.data)} examples")
-        answers = answers_of(pair)
+        try:
+            answers = answers_of(pair)
+        except TutelageError as error:
+            missing["answers"] = f"The models could not be compared: {error}"
     if timed:
         say("timing teacher and student")
         try:
