@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -38,6 +39,7 @@ __all__ = [
     "read_yaml",
     "recipe_from_dict",
     "save_recipe",
+    "yaml_text",
 ]
 
 
@@ -185,6 +187,20 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             tree[part] = {}
         tree = tree[part]
     tree[parts[-1]] = _parse(value, f"the override {override!r}")
+
+
+def yaml_text(value: object) -> str:
+    """Returns the text that an override reads as a value, in quotes where YAML needs them.
+
+    Args:
+        value: Text, or a number.
+    """
+    text = str(value)
+    try:
+        same = _parse(text, "") == value
+    except RecipeError:
+        same = False
+    return text if same else json.dumps(text, ensure_ascii=False)
 
 
 def _explain(error: ValidationError, source: str) -> str:
