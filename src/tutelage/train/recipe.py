@@ -95,6 +95,14 @@ def recipe_from_dict(
 
     Raises:
         RecipeError: If a key or a value is wrong.
+
+    Examples:
+        >>> recipe = recipe_from_dict(
+        ...     {"model": {"name_or_path": "my-bert"}, "output": "runs/mine"},
+        ...     ["data.train=my.csv", "data.eval_split=0.1"],
+        ... )
+        >>> recipe.student.scheme, recipe.schedule_steps
+        ('ternary-a8', 60)
     """
     if values is not None and not isinstance(values, Mapping):
         raise RecipeError(
@@ -194,6 +202,10 @@ def yaml_text(value: object) -> str:
 
     Args:
         value: Text, or a number.
+
+    Examples:
+        >>> yaml_text("body"), yaml_text("null"), yaml_text(3)
+        ('body', '"null"', '3')
     """
     text = str(value)
     try:
