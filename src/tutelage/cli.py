@@ -403,6 +403,34 @@ def analyze(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of a study.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default: DIR/report.html.")
+    ] = None,
+    no_answers: Annotated[
+        bool, typer.Option("--no-answers", help="Do not run the models on the evaluation data.")
+    ] = False,
+    no_speed: Annotated[
+        bool, typer.Option("--no-speed", help="Do not time the models; DIR/bench.json is shown.")
+    ] = False,
+    no_analysis: Annotated[
+        bool, typer.Option("--no-analysis", help="Do not analyze; DIR/analysis is shown.")
+    ] = False,
+) -> None:
+    """Write one HTML file about a run or a study: curves, comparison, size, speed, warnings."""
+    _quiet()
+    from .report import Wanted, write_report
+
+    say = reporter(_console())
+    wanted = Wanted(answers=not no_answers, speed=not no_speed, analysis=not no_analysis)
+    written = write_report(folder, output, wanted=wanted, report=say)
+    for finding in written.findings:
+        say(f"{'warning' if finding.serious else 'note'}: {finding.line()}")
+    say(f"the report is {written.file}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the student.")] = None,

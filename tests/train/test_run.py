@@ -24,6 +24,7 @@ from tutelage.errors import (
     TutelageError,
 )
 from tutelage.train import run as module
+from tutelage.train._log import read_training_log
 from tutelage.train.evaluation import evaluate_folder, predict_texts
 from tutelage.train.progress import Progress
 from tutelage.train.recipe import Recipe, load_recipe, recipe_from_dict
@@ -101,6 +102,7 @@ def test_fine_tunes_distils_saves_and_measures(make: Callable[..., Recipe]) -> N
         "teacher",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training.json",
     }
     assert any("has no classification head for the task: it is fine-tuned first" in s for s in said)
     assert result.teacher_fine_tuned
@@ -284,6 +286,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     result = run_recipe(recipe, resume=True, report=said.append)
     assert weights(result.folder) == weights(whole.folder)
     assert result.student == whole.student
+    assert read_training_log(Path(result.folder)) == read_training_log(Path(whole.folder))
     goes_on = any(s.endswith(f"checkpoint-{steps}") for s in said)
     assert goes_on == (steps > 0)
     assert any("is complete already" in s for s in said) == (where[0] == "student")
@@ -307,12 +310,12 @@ def test_killed_between_any_two_published_files(
             run_recipe(recipe, resume=True)
         except StopError:
             assert "result.json" not in names(tmp_path / "out")
-            if allowed < 6:  # The weights are the last file but one.
+            if allowed < 7:  # The weights are the last file but one.
                 with pytest.raises(ArtefactError):
                     tutelage.load(tmp_path / "out")
             continue
         break
-    assert allowed == 7
+    assert allowed == 8
     assert ".packed" not in names(tmp_path / "out")
 
 
@@ -382,7 +385,7 @@ def test_a_failed_write_is_one_line_and_leaves_nothing_half_written(
         with pytest.raises(ArtefactError, match="No space left on device"):
             run_recipe(recipe)
     out = tmp_path / "out"
-    assert names(out) <= {"recipe.yaml", "checkpoints"}
+    assert names(out) <= {"recipe.yaml", "checkpoints", "training.json"}
     assert not [p for p in out.rglob("*partial*")]
     whole = run_recipe(make(model=classifier, output="whole"))
     assert weights(run_recipe(recipe, resume=True).folder) == weights(whole.folder)

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .._machine import processor_name
 from ..errors import BenchError
 from ._registry import ENGINES, chosen
 from ._result import BenchResult, EngineFigures, Speed
@@ -160,7 +161,7 @@ def collect(work: Workspace, failed: dict[str, str]) -> BenchResult:
         best_int8={label: name for label, name in best.items() if name is not None},
         engines=rows,
         versions=_versions(),
-        machine={"processor": _processor(), "cores": os.cpu_count()},
+        machine={"processor": processor_name(), "cores": os.cpu_count()},
     )
 
 
@@ -193,12 +194,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())

@@ -101,6 +101,36 @@ class Summary:
         """Returns plain data for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Summary:
+        """Reads what ``to_dict`` returned.
+
+        Args:
+            values: The plain data.
+
+        Raises:
+            KeyError: Something is missing.
+            TypeError: Something is of another kind.
+        """
+        comparisons = [
+            Comparison(
+                **{
+                    **found,
+                    "best": _variant_from(found["best"]),
+                    "change": None if found["change"] is None else Interval(**found["change"]),
+                }
+            )
+            for found in values["comparisons"]
+        ]
+        variants = tuple(_variant_from(found) for found in values["variants"])
+        plain = {**values, "variants": variants, "comparisons": tuple(comparisons)}
+        return cls(**{**plain, "machines": tuple(values["machines"])})
+
+
+def _variant_from(values: dict[str, Any]) -> Variant:
+    curve = tuple((int(step), float(kl)) for step, kl in values["curve"])
+    return Variant(**{**values, "seeds": tuple(values["seeds"]), "curve": curve})
+
 
 def summarize(study: Study, grid: Sequence[Cell], records: Records) -> Summary:
     """Compares the runs of a study that are over.

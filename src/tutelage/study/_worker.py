@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import nn
 
+from .._machine import processor_name
 from .._prepare import prepare
 from ..errors import NonFiniteLossError, StudyError
 from ..scheme import Scheme
@@ -173,7 +174,7 @@ def _run(cell: Cell, task: _Task) -> tuple[tuple[Point, ...], npt.NDArray[np.flo
 def machine() -> dict[str, object]:
     """Returns processor, threads and versions."""
     device = _device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -181,11 +182,3 @@ def machine() -> dict[str, object]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

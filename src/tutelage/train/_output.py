@@ -10,6 +10,7 @@ from typing import Any
 
 from ..artefacts import refuse_existing, write_failures_as_os_error
 from ..errors import ArtefactError, OutputExistsError, RecipeError, TutelageError
+from ._log import TRAINING_FILE
 from ._result import RESULT_FILE
 from .recipe import Recipe, load_recipe
 
@@ -39,6 +40,7 @@ _OWN = (
     "model*.safetensors*",
     "config.json",
     RECIPE_FILE,
+    TRAINING_FILE,
     "README.md",
     "tokenizer*",
     "preprocessor_config.json",

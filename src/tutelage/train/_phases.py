@@ -15,8 +15,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from .._prepare import prepare
 from ..artefacts import staged_directory, write_failures_as_os_error
 from ..distill import CachedTeacher, with_sample_ids
+from ..intervention import Schedule
 from ._arguments import QATArguments
 from ._checkpoint import latest_checkpoint
+from ._log import LogPoints, log_every, training_log, write_training_log
 from ._models import load_config, load_model
 from ._output import CHECKPOINTS, TEACHER
 from ._plan import Plan, save_and_eval_steps
@@ -29,7 +31,6 @@ __all__ = ["ProgressFactory", "obtain_teacher", "train_student"]
 ProgressFactory = Callable[[str], Progress]
 """From the name of a phase to its display."""
 
-_LOGGING_STEPS = 10
 _KEPT_CHECKPOINTS = 2
 
 
@@ -81,17 +82,29 @@ def _fine_tune(plan: Plan, progress: ProgressFactory | None) -> None:
             weight_decay=section.weight_decay,
             bf16=section.bf16,
             save_strategy="no",
+            logging_steps=log_every(_teacher_steps(plan)),
             **_common(plan),
         ),
         train_dataset=plan.train,
         data_collator=cast("Any", plan.task.collator(plan.processor)),
         compute_loss_func=plan.task.loss,
+        callbacks=[LogPoints(Schedule.none())],
     )
     _train(trainer, "teacher", progress)
     with staged_directory(plan.folder / TEACHER) as stage:
         with write_failures_as_os_error():
             model.save_pretrained(stage)
         plan.processor.save_pretrained(stage)
+        state = trainer.state
+        log = training_log(state.log_history, Schedule.none(), state.global_step)
+        write_training_log(log, stage)
+
+
+def _teacher_steps(plan: Plan) -> int:
+    section = plan.recipe.teacher
+    if section.max_steps > 0:
+        return section.max_steps
+    return math.ceil(section.epochs * math.ceil(len(plan.train) / section.batch_size))
 
 
 def train_student(
@@ -115,7 +128,7 @@ def train_student(
         progress: Makes the display.
         resume: Go on from the newest complete checkpoint, if there is one.
         watchers: Told of every step, see ``Trainer``.
-        store: Write checkpoints.
+        store: Write checkpoints, and the log of the training.
     """
     section = plan.recipe.student
     source = plan.model if plan.model_has_head else teacher
@@ -148,6 +161,7 @@ def train_student(
                 save_strategy="steps" if store else "no",
                 save_steps=save_steps,
                 save_total_limit=_KEPT_CHECKPOINTS,
+                logging_steps=log_every(section.max_steps),
                 **chosen,
                 **_common(plan),
             ),
@@ -158,7 +172,7 @@ def train_student(
             eval_dataset=plan.eval,
             data_collator=cast("Any", keeping_ids(plan.task.collator(plan.processor))),
             processing_class=plan.processor,
-            callbacks=list(watchers),
+            callbacks=[LogPoints(plan.schedule), *watchers],
             compute_metrics=lambda found: plan.task.metrics(list(found.predictions), plan.eval),
             compute_loss_func=plan.task.loss,
             preprocess_logits_for_metrics=lambda outputs, labels: plan.task.reduce(
@@ -169,6 +183,9 @@ def train_student(
         if checkpoint is not None:
             report(f"the student goes on from {checkpoint}")
         _train(trainer, "student", progress, checkpoint)
+    if store:
+        log = training_log(trainer.state.log_history, plan.schedule, section.max_steps)
+        write_training_log(log, plan.folder)
     return student.eval()
 
 
@@ -177,7 +194,6 @@ def _common(plan: Plan) -> dict[str, Any]:
         "output_dir": str(plan.folder / CHECKPOINTS),
         "per_device_eval_batch_size": plan.task.eval_batch_size,
         "label_names": ["labels"],
-        "logging_steps": _LOGGING_STEPS,
         "seed": plan.recipe.seed,
         "report_to": "none",
         "disable_tqdm": True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
@@ -85,6 +86,7 @@ class RunResult(_Record):
         seed: Seed of the run.
         threads: CPU threads of torch.
         versions: Versions of Python and of the libraries that decide figures.
+        machine: Processor, cores, GPU; empty in results of earlier versions.
     """
 
     folder: str
@@ -103,6 +105,7 @@ class RunResult(_Record):
     seed: int
     threads: int
     versions: dict[str, str]
+    machine: dict[str, Any] = {}
 
     @computed_field  # type: ignore[prop-decorator]
     @property

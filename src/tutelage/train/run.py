@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .._machine import machine
 from .._prepare import prepared
 from .._summary import summary
 from ..artefacts import load, save, weight_bytes, write_text
@@ -42,9 +43,10 @@ def run_recipe(
     Everything is checked before anything is trained or written. The output folder then gets
     ``recipe.yaml``, ``teacher/`` (where it had to be fine-tuned), ``augmented.parquet`` (where the
     recipe asks for more texts), ``teacher-cache/`` (where it asks for stored answers, until the
-    student is trained), ``checkpoints/``, the packed student, and at the very end
-    ``result.json``. Killed at any moment and resumed, a run ends with the same weights as an
-    uninterrupted one on the same machine with as many threads.
+    student is trained), ``checkpoints/``, ``training.json`` (the course of the losses; in
+    ``teacher/``, too), the packed student, and at the very end ``result.json``. Killed at any
+    moment and resumed, a run ends with the same weights as an uninterrupted one on the same machine
+    with as many threads.
 
     Args:
         recipe: What is trained.
@@ -138,6 +140,7 @@ def _measure(plan: Plan, teacher: nn.Module, packed: Path, *, fine_tuned: bool) 
         seed=plan.recipe.seed,
         threads=torch.get_num_threads(),
         versions=versions(),
+        machine=machine(),
     )
 
 
