@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -54,7 +55,10 @@ def on_post_build(config: Any, **_: Any) -> None:
 
 def recipe_page() -> str:
     """Returns the page of all keys of a recipe, as Markdown."""
+    from tutelage.distill import losses
+    from tutelage.scheme import Scheme
     from tutelage.train._sections import SECTIONS
+    from tutelage.train.metrics import METRICS
     from tutelage.train.recipe import Recipe
 
     lines = [
@@ -75,7 +79,19 @@ def recipe_page() -> str:
     for name, section in SECTIONS.items():
         doc = " ".join((section.__doc__ or "").split()).replace("``", "`")
         lines += ["", f"## {name}", "", doc, "", *_table(section, f"{name}.")]
+    lines += [
+        "",
+        "## Names",
+        "",
+        f"* `student.scheme`: {_listed(Scheme.presets())}.",
+        f"* `data.metric`: {_listed(METRICS)}.",
+        f"* Terms of `student.losses`: {_listed(losses._TERMS)}.",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _table(section: type[BaseModel], prefix: str) -> list[str]:
@@ -84,7 +100,7 @@ def _table(section: type[BaseModel], prefix: str) -> list[str]:
         default = "required" if field.default is PydanticUndefined else _value(field.default)
         if field.default_factory is not None:
             made = field.default_factory()  # type: ignore[call-arg]
-            default = "its own" if isinstance(made, BaseModel) else _value(made)
+            default = "its defaults" if isinstance(made, BaseModel) else _value(made)
         kind = _kind(field.annotation)
         cells = [f"`{prefix}{name}`", kind, default, _escaped(field.description or "")]
         rows.append(f"| {' | '.join(cells)} |")
@@ -96,7 +112,7 @@ def _kind(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         parts = [_kind(part) for part in get_args(annotation) if part is not type(None)]
-        return " or ".join(dict.fromkeys(parts))
+        return " or ".join(dict.fromkeys(parts)).replace("whole number or number", "number")
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if hasattr(annotation, "__metadata__"):
