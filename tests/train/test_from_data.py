@@ -64,6 +64,7 @@ def test_the_rest_is_by_default(tmp_path: Path) -> None:
     assert (recipe.data.eval, recipe.data.eval_split) == (None, 0.1)
     assert recipe.output == "runs/my data.v2"
     assert recipe.student.max_steps == 300
+    assert "--model NAME" in found.line
     for part in ("'text'", "'label'", "2 classes", "0.1 of the rows", "some/model", recipe.output):
         assert part in found.line
 
@@ -78,6 +79,7 @@ def test_overrides_win(tmp_path: Path) -> None:
     assert (recipe.data.eval, recipe.data.eval_split) == ("dev.csv", None)
     assert recipe.student.max_steps == 7
     assert "evaluation on dev.csv" in found.line
+    assert "--model" not in found.line
     assert "3 rows" in recipe_for_data(file, "m", ["data.eval_split=3"]).line
     unlabelled = recipe_for_data(file, "m", ["data.label=null"])
     assert unlabelled.recipe.data.label is None

@@ -81,7 +81,7 @@ def recipe_for_data(
 
     Args:
         path: A TSV, CSV, JSONL, JSON or Parquet file, each also with .gz.
-        model: Name or folder of the model, unless ``model.name_or_path`` is among the overrides.
+        model: Name or folder of the model by default, unless ``model.name_or_path`` is among the overrides.
         overrides: ``"section.key=value"`` texts that win.
 
     Returns:
@@ -109,6 +109,7 @@ def recipe_for_data(
             "write a recipe."
         )
     data["train"] = source
+    hint = "" if "name_or_path" in tree["model"] else " (--model NAME takes another)"
     tree["model"].setdefault("name_or_path", model)
     if "eval" not in data:
         data.setdefault("eval_split", EVAL_SPLIT)
@@ -120,7 +121,7 @@ def recipe_for_data(
     kept = recipe.data.eval or f"{recipe.data.eval_split:g} of the rows"
     if isinstance(recipe.data.eval_split, int) and recipe.data.eval is None:
         kept = f"{recipe.data.eval_split} rows"
-    line = f"{found}evaluation on {kept}; model {recipe.model.name_or_path}"
+    line = f"{found}evaluation on {kept}; model {recipe.model.name_or_path}{hint}"
     return FoundRecipe(recipe, f"{source}: {line}; output {recipe.output}")
 
 
