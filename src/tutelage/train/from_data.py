@@ -81,7 +81,7 @@ def recipe_for_data(
 
     Args:
         path: A TSV, CSV, JSONL, JSON or Parquet file, each also with .gz.
-        model: Name or folder of the model by default, unless ``model.name_or_path`` is among the overrides.
+        model: Name or folder of the model, unless an override of ``model.name_or_path`` names one.
         overrides: ``"section.key=value"`` texts that win.
 
     Returns:
