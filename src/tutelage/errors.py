@@ -90,6 +90,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     Returns:
         The hint with a leading blank, empty where nothing is near.
+
+    Examples:
+        >>> nearest("step", ["steps", "seed"])
+        " Did you mean 'steps'?"
     """
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""

@@ -213,7 +213,7 @@ class Scheme(_Spec):
         arithmetic: How products of Linears are computed, see ``ModuleSpec``.
         rules: Exceptions by module name.
 
-    Example:
+    Examples:
         >>> scheme = Scheme.preset("binary-a8")
         >>> scheme.weight.kind
         'binary'

@@ -114,6 +114,11 @@ class Losses:
         Args:
             weights: Weight of every term, by name.
             local: See ``Local``.
+
+        Examples:
+            >>> chosen = Losses.of({"logits": 1.0, "attention_scores": 10.0})
+            >>> [(weighted.term.name, weighted.weight) for weighted in chosen.terms]
+            [('logits', 1.0), ('attention_scores', 10.0)]
         """
         return cls(tuple(WeightedTerm(term(n), w) for n, w in weights.items()), local)
 

@@ -63,6 +63,11 @@ class Schedule:
 
         Args:
             steps: Length s; the boundaries are the real numbers s / 6 and s / 3.
+
+        Examples:
+            >>> schedule = Schedule.gradual(60)
+            >>> schedule(0), schedule(10), schedule(20), schedule(60)
+            ('attention_output', 'context', 'attention_map', 'none')
         """
         return cls("gradual", steps, tuple(zip(_ORDER, (steps / 6, steps / 3, steps), strict=True)))
 

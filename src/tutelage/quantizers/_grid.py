@@ -20,6 +20,11 @@ class Grid:
         lo: Smallest code.
         hi: Largest code.
         step: Distance of neighbouring codes.
+
+    Examples:
+        >>> grid = Grid(-3, 3, step=2)
+        >>> grid.levels, grid.bits
+        (4, 2)
     """
 
     lo: int

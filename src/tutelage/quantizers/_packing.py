@@ -48,6 +48,14 @@ def pack(
 
     Returns:
         One row of bytes for every row; unused bits and digits of the last byte are zero.
+
+    Examples:
+        >>> from tutelage.quantizers import TERNARY
+        >>> codes = torch.tensor([[-1, 0, 1, 1, 0]])
+        >>> pack(codes, TERNARY).tolist(), pack(codes, TERNARY, "base3").tolist()
+        ([[164, 1]], [[156]])
+        >>> unpack(pack(codes, TERNARY), 5, TERNARY).tolist()
+        [[-1, 0, 1, 1, 0]]
     """
     return _pack_index(((codes - grid.lo) / grid.step).to(torch.uint8), grid, encoding)
 

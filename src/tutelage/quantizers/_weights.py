@@ -26,6 +26,11 @@ class TernaryQuantizer(BaseQuantizer):
         scale = mean of |w| over the weights with |w| > d
 
     A row of zeros has codes 0 and scale 0.
+
+    Examples:
+        >>> codes, scale = TernaryQuantizer().quantize(torch.tensor([[0.1, -0.8, 0.6, 0.5]]))
+        >>> codes.tolist(), round(scale.item(), 4)
+        ([[0.0, -1.0, 1.0, 1.0]], 0.6333)
     """
 
     grid = TERNARY
@@ -47,6 +52,10 @@ class BinaryQuantizer(BaseQuantizer):
     """Binary weight networks, BWN (Rastegari et al., arXiv 1603.05279).
 
     ``code = sign(w)`` with ``sign(0) = +1``, ``scale = mean |w|``; a row of zeros has scale 0.
+
+    Examples:
+        >>> BinaryQuantizer()(torch.tensor([[0.25, -0.75, 0.5, 0.5]])).tolist()
+        [[0.5, -0.5, 0.5, 0.5]]
     """
 
     grid = BINARY

@@ -19,7 +19,7 @@ class Progress(TrainerCallback):
     Use it with ``attach``, which removes the callbacks of transformers that print, and ``close`` it
     at the end, also after an error.
 
-    Example:
+    Examples:
         >>> shown = Progress("student")
         >>> shown.attach(trainer)  # doctest: +SKIP
     """

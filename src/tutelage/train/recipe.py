@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -38,6 +39,7 @@ __all__ = [
     "read_yaml",
     "recipe_from_dict",
     "save_recipe",
+    "yaml_text",
 ]
 
 
@@ -93,6 +95,14 @@ def recipe_from_dict(
 
     Raises:
         RecipeError: If a key or a value is wrong.
+
+    Examples:
+        >>> recipe = recipe_from_dict(
+        ...     {"model": {"name_or_path": "my-bert"}, "output": "runs/mine"},
+        ...     ["data.train=my.csv", "data.eval_split=0.1"],
+        ... )
+        >>> recipe.student.scheme, recipe.schedule_steps
+        ('ternary-a8', 60)
     """
     if values is not None and not isinstance(values, Mapping):
         raise RecipeError(
@@ -185,6 +195,24 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             tree[part] = {}
         tree = tree[part]
     tree[parts[-1]] = _parse(value, f"the override {override!r}")
+
+
+def yaml_text(value: object) -> str:
+    """Returns the text that an override reads as a value, in quotes where YAML needs them.
+
+    Args:
+        value: Text, or a number.
+
+    Examples:
+        >>> yaml_text("body"), yaml_text("null"), yaml_text(3)
+        ('body', '"null"', '3')
+    """
+    text = str(value)
+    try:
+        same = _parse(text, "") == value
+    except RecipeError:
+        same = False
+    return text if same else json.dumps(text, ensure_ascii=False)
 
 
 def _explain(error: ValidationError, source: str) -> str:
