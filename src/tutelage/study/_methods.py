@@ -14,12 +14,16 @@ _PUBLISHED = {
 }
 
 
+_ABRUPT = {"ramp": 0.0, "rate_by_magnitude": False}
+"""As published: quantized from the first step, one learning rate for all."""
+
+
 def _plain(losses: Any) -> dict[str, Any]:
-    return {"schedule": {"kind": "none"}, "student": {"losses": losses}}
+    return {"schedule": {"kind": "none"}, "student": {"losses": losses, **_ABRUPT}}
 
 
 def _intervention(local: str, **schedule: Any) -> dict[str, Any]:
-    return {"schedule": schedule, "student": {"local": local}}
+    return {"schedule": schedule, "student": {"local": local, **_ABRUPT}}
 
 
 _SCHEDULES: dict[str, dict[str, Any]] = {
@@ -38,6 +42,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "logits-kd": _plain({"logits": 1.0}),
     "full-kd": _plain("default"),
     "ternarybert": _plain(_PUBLISHED),
+    "ramp": {
+        "schedule": {"kind": "none"},
+        "student": {"losses": "default", "ramp": 0.5, "rate_by_magnitude": True},
+    },
     **{name: _intervention("paper", **schedule) for name, schedule in _SCHEDULES.items()},
     **{f"{name}-code": _intervention("code", **schedule) for name, schedule in _SCHEDULES.items()},
 }
@@ -45,7 +53,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 ``ptq`` quantizes and does not train. ``ce`` learns from labels alone, ``logits-kd`` from the
 teacher's logits, ``full-kd`` with the library's losses and ``ternarybert`` with the same four terms
-at weight 1 (Zhang et al., arXiv 2009.12812), all without intervention. ``ti-o``, ``ti-c``, ``ti-m``
+at weight 1 (Zhang et al., arXiv 2009.12812), all without intervention. ``ramp`` goes from full
+precision to quantized over the first half of the training, with rates in proportion to the
+magnitude of the weights. ``ti-o``, ``ti-c``, ``ti-m``
 and ``ti-g`` are the stages and their gradual order (Kim et al., arXiv 2302.11812),
 ``ti-inverted`` and ``ti-stochastic`` their other orders; ``-code`` has the local distillation of
 the released code in place of the paper's, see ``tutelage.distill.losses.Local``.
