@@ -354,6 +354,9 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how many runs are missing and stop.")
     ] = False,
+    known: Annotated[
+        bool, typer.Option("--known", help="Compare the runs that are over, and make none.")
+    ] = False,
     as_json: _Json = False,
 ) -> None:
     """Compare methods, schemes, budgets and learning rates on your tasks."""
@@ -362,15 +365,16 @@ def compare(
     read = load_study(study, overrides or [])
     _quiet()
     from ._tables import study_table
-    from .study import count_runs, run_study
+    from .study import compare_known, count_runs, run_study
 
     console = _console()
     if dry_run:
         total, missing = count_runs(read)
         reporter(console)(f"{total} runs, {missing} of them missing")
         return
-    found = run_study(
-        read, workers=workers, report=(lambda line: None) if as_json else reporter(console)
+    report = (lambda line: None) if as_json else reporter(console)
+    found = (
+        compare_known(read, report) if known else run_study(read, workers=workers, report=report)
     )
     if as_json:
         typer.echo(json.dumps(found.to_dict()))

@@ -106,7 +106,9 @@ def test_every_method_is_a_part_of_a_recipe(make: Callable[..., Study], name: st
     found = cells(make(methods=list(dict.fromkeys(["full-kd", name]))))
     assert {cell.method for cell in found} == {"full-kd", name}
     recipe = found[-1].recipe
-    assert (recipe.schedule_steps == 0) == (name in ("ce", "logits-kd", "full-kd", "ternarybert"))
+    assert (recipe.schedule_steps == 0) == (
+        name in ("ce", "logits-kd", "full-kd", "ternarybert", "ramp")
+    )
     assert (found[-1].steps == 0) == (name == "ptq")
 
 
@@ -388,6 +390,10 @@ def test_the_command(tmp_path: Path, make: Callable[..., Study]) -> None:
     assert call("--dry-run").output.strip() == "2 runs, 0 of them missing"
     plain = call("--json")
     assert len(json.loads(plain.output)["variants"]) == 2
+    # A part of the grid that is not there changes nothing of what is.
+    grown = call("--known", "--json", "seeds=[0, 1]", "learning_rates=[0.001, 0.5]")
+    assert json.loads(grown.output)["variants"] == json.loads(plain.output)["variants"]
+    assert isinstance(call("--known", "seeds=[9]").exception, StudyError)
     assert isinstance(call("seeds=nonsense").exception, StudyError)
 
 

@@ -4,7 +4,7 @@ from ._analysis import analyze
 from ._layers import BlockError, SignalError, block_errors
 from ._load import load_study
 from ._methods import METHODS
-from ._run import count_runs, run_study, summary_of
+from ._run import compare_known, count_runs, run_study, summary_of
 from ._sections import Study
 from ._summary import Comparison, Summary, Variant, summarize
 from ._write import COLUMNS, rows
@@ -20,6 +20,7 @@ __all__ = [
     "Variant",
     "analyze",
     "block_errors",
+    "compare_known",
     "count_runs",
     "load_study",
     "rows",

@@ -24,7 +24,7 @@ from ._summary import Summary, summarize
 from ._worker import make_teacher, run_cell
 from ._write import write_summary
 
-__all__ = ["count_runs", "run_study", "summary_of"]
+__all__ = ["compare_known", "count_runs", "run_study", "summary_of"]
 
 _FILE = "study.yaml"
 
@@ -102,6 +102,28 @@ def summary_of(folder: Path) -> Summary:
         raise StudyError(f"{folder} holds no {_FILE}; name the output folder of a study.")
     study = study_from_dict(read_yaml(file, "study"), source=str(file))
     return summarize(study, cells(study), Records(folder))
+
+
+def compare_known(study: Study, report: Callable[[str], None] = lambda line: None) -> Summary:
+    """Compares the runs of a study that are over, and writes its tables and plots; makes no run.
+
+    Args:
+        study: The study, of whose grid any part may be missing.
+        report: Told of what could not be drawn.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        StudyError: No run is over, another study is at work in the folder, or files are damaged.
+    """
+    folder = Path(study.output)
+    if not folder.is_dir():
+        raise StudyError(f"there is no folder {folder}; run tutelage compare first.")
+    with _alone(folder):
+        summary = summarize(study, cells(study), Records(folder))
+        write_summary(summary, folder, report)
+    return summary
 
 
 def _distinct(found: Any) -> list[Cell]:
