@@ -186,7 +186,8 @@ def sharded_trainer(rank: int, processes: int) -> dict[str, Any]:
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "eval": trainer.evaluate(rows(8, seed=5))["eval_loss"],
     }
-    settings: dict[str, Any] = {**keep, "rate": 0.1, "qat_optimizer": "adamw"}
+    more = {"rate": 0.1, "qat_optimizer": "adamw", "ramp": 0.75, "rate_by_magnitude": True}
+    settings: dict[str, Any] = {**keep, **more}
     trainer_of("fsdp-whole", processes, **settings).train()
     torch.manual_seed(7 + rank)
     again = trainer_of("fsdp-again", processes, **settings)
