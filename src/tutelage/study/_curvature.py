@@ -71,7 +71,9 @@ def hessian_product(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> tu
         raise NonFiniteLossError(
             "the loss is not finite, so that it has no curvature; train with a lower learning rate."
         )
-    given = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    given: tuple[Tensor | None, ...] = torch.autograd.grad(
+        loss, parameters, create_graph=True, allow_unused=True
+    )
     pairs = [(g, p) for g, p in zip(given, parameters, strict=True) if g is not None]
     if not pairs:
         raise StudyError("the loss depends on none of the parameters; name others.")
@@ -85,7 +87,9 @@ def hessian_product(loss: Float[Tensor, ""], parameters: Sequence[Tensor]) -> tu
         if not curved:
             return torch.zeros_like(vector)
         outer = [parts[i].view_as(used[i]) for i in places]
-        found = torch.autograd.grad(curved, used, outer, retain_graph=True, allow_unused=True)
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            curved, used, outer, retain_graph=True, allow_unused=True
+        )
         rows = [
             torch.zeros_like(part) if row is None else row.reshape(-1)
             for row, part in zip(found, parts, strict=True)
