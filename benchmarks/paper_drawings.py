@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tutelage.study._output import Entry
-from tutelage.study._style import COLOURS, MARKERS, figure_of, whole_numbers
+from tutelage.study._style import COLOURS, MARKERS, figure_of, histogram_bins, whole_numbers
 from tutelage.study._weight_figures import fill_surface
 
 NAMES = {"full-kd": "distillation", "ti-o": "TI-O", "ti-c": "TI-C", "ti-m": "TI-M", "ti-g": "TI-G"}
@@ -95,7 +95,7 @@ def figure_2b(data: Mapping[str, Any]) -> Any:
 
 
 def figure_3c(data: Mapping[str, Any]) -> Any:
-    figure = figure_of(8, 4.6)
+    figure = figure_of(10, 4.6)
     axis = figure.subplots()
     for name, found in data["methods"].items():
         steps, metric, _ = zip(*found["plain"], strict=True)
@@ -108,6 +108,7 @@ def figure_3c(data: Mapping[str, Any]) -> Any:
         axis.axhline(data["teacher"], color="black", ls=":", label="teacher")
     title = "evaluated with the intervention on (dashed, ASSISTED) and off"
     finish(axis, xlabel="training step", ylabel=data["metric"], title=title)
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -157,7 +158,8 @@ def figure_5(data: Mapping[str, Any]) -> Any:
     figure = figure_of(7.5, 2.6 * len(methods))
     axes = figure.subplots(len(methods), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     values = {name: list(itertools.chain(*found["per_sample"])) for name, found in methods.items()}
-    edges = np.histogram_bin_edges(list(itertools.chain(*values.values())), bins=30)
+    known = list(itertools.chain(*values.values()))
+    edges = np.histogram_bin_edges(known, bins=histogram_bins(len(known)))
     for axis, (name, found) in zip(axes, values.items(), strict=True):
         axis.hist(found, bins=edges, color=style(name)["color"], edgecolor="white")
         trace = methods[name]["trace"]
@@ -165,6 +167,7 @@ def figure_5(data: Mapping[str, Any]) -> Any:
         text = f"all samples together: top {top:.3g}, trace {trace['value']:.3g}"
         axis.set_title(f"{label(name)} ({text} ± {trace['error']:.2g})", fontsize="medium")
         axis.set(ylabel="samples")
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.axvline(0, color="black", lw=0.8)
         axis.grid(visible=True, alpha=0.3)
     axes[-1].set(xlabel="Hessian eigenvalue of largest magnitude")

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["COLOURS", "MARKERS", "Data", "figure_of", "short_names", "whole_numbers"]
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "Data",
+    "figure_of",
+    "histogram_bins",
+    "short_names",
+    "whole_numbers",
+]
 
 Data = Mapping[str, Any]
 """Plain data, as an analysis writes them as JSON."""
@@ -26,6 +34,15 @@ def figure_of(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def histogram_bins(count: int) -> int:
+    """Returns the number of bins of a histogram: few where there are few values.
+
+    Args:
+        count: Number of values.
+    """
+    return max(6, min(30, round(2 * count**0.5)))
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._style import COLOURS, Data, figure_of, short_names
+from ._style import COLOURS, Data, figure_of, histogram_bins, short_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,12 +25,13 @@ def draw_sharpness(data: Data) -> Figure:
     batch, trace = data["batch"][0]["value"], data["trace"]
     figure = figure_of(7.5, 4.4)
     axis = figure.subplots()
-    edges = np.histogram_bin_edges([*values, batch], bins=24)
+    edges = np.histogram_bin_edges([*values, batch], bins=histogram_bins(len(values)))
     axis.hist(values, bins=edges, color=COLOURS[0], edgecolor="white", label="one sample each")
     axis.axvline(batch, color=COLOURS[1], ls="--", label=f"all samples together: {batch:.3g}")
     axis.axvline(0, color="black", lw=0.8)
     axis.set(xlabel="Hessian eigenvalue of largest magnitude", ylabel="samples")
     axis.set_title(f"trace of the whole: {trace['value']:.3g} ± {trace['error']:.2g}")
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.grid(visible=True, alpha=0.3)
     axis.legend(fontsize="small")
     return figure
@@ -51,7 +52,7 @@ def fill_surface(axis: Any, surface: Data, levels: Sequence[float] | int = 12) -
     )
     steps = surface["steps"]
     grid = np.ma.masked_invalid(values.T)
-    drawn = axis.contourf(steps, steps, grid, levels=levels, cmap="viridis", extend="max")
+    drawn = axis.contourf(steps, steps, grid, levels=levels, cmap="viridis")
     style = {"levels": drawn.levels[::2], "colors": "white", "linewidths": 0.7}
     lines = axis.contour(steps, steps, grid, **style)
     axis.clabel(lines, fontsize=8, fmt="%.3g")
