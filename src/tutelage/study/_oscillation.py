@@ -100,8 +100,8 @@ class OscillationWatcher(TrainerCallback):
 
     A weight oscillates in step t, o_t = 1, if its integer code changes in the direction opposite
     to that of its last change; the frequency is ``f_t = m o_t + (1 - m) f_(t-1)`` from f = 0 (Nagel
-    et al., arXiv 2203.11086, section 4.1). With m = 0.01 one oscillation lifts f above 0.005 for
-    the next 69 steps.
+    et al., arXiv 2203.11086, section 4.1). With m = 0.01 one oscillation keeps f above 0.005 for
+    69 steps.
 
     Attributes:
         momentum: The m of the moving average.
