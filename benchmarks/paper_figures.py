@@ -148,7 +148,7 @@ class Case:
 
     def surface(self, model: Any, distiller: Distiller) -> dict[str, Any]:
         """Returns the distillation loss around a model's weights."""
-        data = self.samples(32)
+        data = self.samples(self.args.samples)
 
         def loss() -> float:
             with torch.no_grad():
@@ -170,7 +170,7 @@ class Case:
         found = sharpness(
             self.found[name]["distiller"],
             self.samples(1),
-            self.samples(32),
+            self.samples(self.args.samples),
             iterations=self.args.iterations,
             probes=8,
         )

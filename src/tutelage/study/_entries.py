@@ -144,7 +144,7 @@ def _stages(subject: Subject) -> Entry:
 def _sharpness(subject: Subject) -> Entry:
     run = subject.run
     single = run.batches(run.train, subject.samples, size=1)
-    together = run.batches(run.train, subject.samples)
+    together = run.batches(run.train, subject.samples, size=subject.samples)
     found = sharpness(run.distiller(subject.student), single, together)
     return Entry(
         "sharpness",
@@ -162,12 +162,12 @@ def _sharpness(subject: Subject) -> Entry:
 
 def _surface(subject: Subject) -> Entry:
     run, student = subject.run, subject.retrained.student
-    distiller, data = run.distiller(student), run.batches(run.train, subject.samples)
+    distiller = run.distiller(student)
+    data = run.batches(run.train, subject.samples, size=subject.samples)
 
     def loss() -> float:
         with torch.no_grad():
-            values = [float(distiller.step(batch).loss) for batch in data]
-        return sum(values) / len(values)
+            return float(distiller.step(data[0]).loss)
 
     found = loss_surface(student, loss, points=subject.points)
     return Entry(
