@@ -39,6 +39,8 @@ def draw_blocks(data: Data) -> Figure:
         image = right.imshow(padded, aspect="auto", cmap="viridis", vmin=0)
         figure.colorbar(image, ax=right, label="KL(teacher || student), nats")
         right.set(xlabel="head", ylabel="block", title="attention maps")
+        whole_numbers(right, widest)
+        whole_numbers(right, len(heads), "y")
     else:
         right.text(0.5, 0.5, "attention maps are out of reach", ha="center", va="center")
         right.set_axis_off()
@@ -102,7 +104,8 @@ def draw_activations(data: Data) -> Figure:
             most = [entry[which]["percentile"] for entry in found]
             axis.plot(largest, label=f"{which}, largest", **style)
             axis.plot(most, "--", label=f"{which}, 99.9th percentile", fillstyle="none", **style)
-        axis.set(title=site.replace("_", " "), yscale="log")
+        axis.set_title(site.replace("_", " "))
+        _scale(axis, [entry[w][k] for entry in found for w, k in _RANGES])
         axis.grid(visible=True, alpha=0.3)
         whole_numbers(axis, len(found))
     for axis in list(axes)[len(sites) :]:
@@ -122,6 +125,19 @@ def draw_activations(data: Data) -> Figure:
         table = [[100 * cells.get((s, b), float("nan")) for b in blocks] for s in sites]
         _heat(axis, table, [s.replace("_", " ") for s in sites], title)
     return figure
+
+
+_RANGES = [(which, key) for which in ("teacher", "student") for key in ("largest", "percentile")]
+
+
+def _scale(axis: Any, values: list[float]) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    if max(values) > 20 * min(values) > 0:
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_ylim(bottom=0)
 
 
 def _heat(axis: Any, table: list[list[float]], names: list[str], title: str) -> None:

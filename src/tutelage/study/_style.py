@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "COLOURS",
@@ -59,13 +59,15 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(part[shared:]) for part in parts]
 
 
-def whole_numbers(axis: Any, count: int) -> None:
+def whole_numbers(axis: Any, count: int, which: Literal["x", "y"] = "x") -> None:
     """Puts marks at whole numbers alone.
 
     Args:
-        axis: Matplotlib axes, whose horizontal axis counts something.
+        axis: Matplotlib axes, one of whose directions counts something.
         count: How many there are.
+        which: The direction.
     """
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=min(count, 12), integer=True))
+    locator = MaxNLocator(nbins=min(count, 12), integer=True)
+    (axis.xaxis if which == "x" else axis.yaxis).set_major_locator(locator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._style import COLOURS, Data, figure_of, histogram_bins, short_names
+from ._style import COLOURS, Data, figure_of, histogram_bins, short_names, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,27 +96,34 @@ def draw_oscillation(data: Data) -> Figure:
         steps = np.arange(1, shares.shape[1] + 1)
         left.plot(steps, weights @ shares / weights.sum(), color=colour, label=f"{label}, mean")
         left.fill_between(
-            steps, shares.min(0), shares.max(0), color=colour, alpha=0.2, label="all layers"
+            steps,
+            shares.min(0),
+            shares.max(0),
+            color=colour,
+            alpha=0.2,
+            label="lowest to highest layer",
         )
     left.set(xlabel="training step", ylabel="weights, %", title="in every step")
     left.set_ylim(bottom=0)
+    whole_numbers(left, shares.shape[1])
     left.grid(visible=True, alpha=0.3)
     left.legend(fontsize="small")
     names = short_names([layer["layer"] for layer in layers])
     places = np.arange(len(layers))
-    for key, label, colour, marker in (
-        ("ever", "changed at least once", COLOURS[0], "o"),
-        ("moved", "last code is not the first", COLOURS[2], "^"),
-        ("frequent", "frequency of oscillation above 0.005", COLOURS[1], "s"),
+    for key, label, colour, marker, size in (
+        ("ever", "changed at least once", COLOURS[0], "o", 8),
+        ("moved", "last code is not the first", COLOURS[2], "^", 5),
+        ("frequent", "frequency of oscillation above 0.005", COLOURS[1], "s", 4),
     ):
         values = [100 * layer[key] for layer in layers]
-        right.plot(values, places, marker, color=colour, label=label, ms=5)
+        hollow = "none" if size == 8 else "full"
+        right.plot(values, places, marker, color=colour, label=label, ms=size, fillstyle=hollow)
     right.set_yticks(places, names, fontsize=7)
     right.invert_yaxis()
     right.set(xlabel="weights, %", title="over the whole training")
     right.set_xlim(left=0)
     right.grid(visible=True, alpha=0.3)
-    right.legend(fontsize="small")
+    _legend_below(right)
     return figure
 
 
@@ -158,5 +165,9 @@ def draw_latents(data: Data) -> Figure:
     right.invert_yaxis()
     right.tick_params(axis="y", labelsize=7)
     right.set(xlabel="weights, %", title="codes after the last step", xlim=(0, 100))
-    right.legend(fontsize="small", loc="upper right")
+    _legend_below(right)
     return figure
+
+
+def _legend_below(axis: Any) -> None:
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4)
