@@ -12,7 +12,7 @@ cross-entropy; here the logits term, KL(teacher || student).
 4b: mean squared error of every layer's output. At which point of the training is not said: both
 right before the intervention is lifted and at the end, the student on its own.
 5: histogram of the Hessian eigenvalue of largest magnitude of single examples; the published one
-holds the three largest of each.
+holds the three largest of each, and a longer budget of distillation as a third panel.
 """
 
 from __future__ import annotations
@@ -115,14 +115,12 @@ def figure_3c(data: Mapping[str, Any]) -> Any:
 def running_means(entries: list[Any], border: int) -> list[tuple[int, float]]:
     """Returns the mean of the loss since the beginning of the step that an entry is in."""
     means = []
-    total, count, before = 0.0, 0, 0
+    total, count, before, second = 0.0, 0, 0, False
     for step, loss in entries:
-        if before < border <= step and before and step != border:
-            total, count = 0.0, 0
+        if step > border and not second:
+            total, count, second = 0.0, 0, True
         total, count = total + loss * (step - before), count + step - before
         means.append((step, total / count))
-        if step == border:
-            total, count = 0.0, 0
         before = step
     return means
 

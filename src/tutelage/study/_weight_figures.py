@@ -170,4 +170,4 @@ def draw_latents(data: Data) -> Figure:
 
 
 def _legend_below(axis: Any) -> None:
-    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4)
+    axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.4, 1.06), ncols=4)
