@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from ..distill import Distiller
+from ..distill.losses import Losses
 from ..errors import SiteError, StudyError
 from ..intervention import stages
 from ._activations import activation_ranges
@@ -118,7 +120,8 @@ def _activations(subject: Subject) -> Entry:
 
 
 def _stages(subject: Subject) -> Entry:
-    distiller = subject.run.distiller(subject.student)
+    # The losses of the recipe play no part, and might refuse a stage.
+    distiller = Distiller(subject.student, subject.run.teacher, Losses.of({"logits": 1.0}))
     possible = []
     for stage in stages():
         try:

@@ -133,7 +133,7 @@ _RANGES = [(which, key) for which in ("teacher", "student") for key in ("largest
 def _scale(axis: Any, values: list[float]) -> None:
     from matplotlib.ticker import NullFormatter
 
-    if max(values) > 20 * min(values) > 0:
+    if max(values) > 50 * min(values) > 0:
         axis.set_yscale("log")
         axis.yaxis.set_minor_formatter(NullFormatter())
     else:
