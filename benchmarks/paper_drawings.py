@@ -55,7 +55,8 @@ def figure_1(data: Mapping[str, Any]) -> Any:
     axis = figure.subplots()
     for name, rows in data["methods"].items():
         columns = [[row[key] for row in rows] for key in ("relative_time", "metric", "spread")]
-        axis.errorbar(*columns, label=label(name), capsize=3, **style(name))
+        bars = columns[2] if any(columns[2]) else None
+        axis.errorbar(*columns[:2], bars, label=label(name), capsize=3, **style(name))
     if data["teacher"] is not None:
         axis.axhline(data["teacher"], color="black", ls=":", label="teacher")
     axis.set_xscale("log")

@@ -79,7 +79,7 @@ def test_shares_of_a_student() -> None:
         assert distance is not None
         counts = [0] * (len(EDGES) - 1)
         for value in distance.flatten().tolist():
-            counts[min(int(value / 0.05 + 1e-9), len(counts) - 1)] += 1
+            counts[min(int(value / 0.1 + 1e-7), len(counts) - 1)] += 1
         assert entry.distances == pytest.approx(
             [n / len(codes) for n in counts], abs=2 / len(codes)
         )

@@ -14,7 +14,7 @@ from ._oscillation import watched_layers
 
 __all__ = ["EDGES", "LatentWeights", "latent_weights", "threshold_distance"]
 
-EDGES = tuple(round(0.05 * index, 2) for index in range(41))
+EDGES = tuple(round(0.1 * index, 1) for index in range(41))
 """Edges of the histogram of distances, in units of the row's scale; the last bin is open."""
 
 

@@ -162,7 +162,7 @@ def draw_latents(data: Data) -> Figure:
         values = np.array([100 * layer["codes"].get(code, 0.0) for layer in data["last"]])
         right.barh(names, values, left=start, color=COLOURS[place], label=f"code {code}")
         start = start + values
-    right.invert_yaxis()
+    right.set_ylim(len(names) - 0.5, -0.5)
     right.tick_params(axis="y", labelsize=7)
     right.set(xlabel="weights, %", title="codes after the last step", xlim=(0, 100))
     _legend_below(right)
