@@ -153,8 +153,8 @@ def _sharpness(subject: Subject) -> Entry:
         "sharpness",
         "Curvature of the training loss",
         "Histogram of the Hessian eigenvalue of largest magnitude of the distillation loss of one "
-        "training example at a time, with sign; the dashed line is that of their mean loss. Bars far "
-        "to the right mean that a small step changes the gradient much. Derivatives pass every "
+        "training example at a time, with sign; the dashed line is that of their mean loss. Bars "
+        "far to the right mean that a small step changes the gradient much. Derivatives pass every "
         "rounding through the gradient estimator (the Hessian of the gradient that trains, taken "
         "over all weights but embedding tables). Iterations that had not settled: "
         f"{found.unconverged} of {len(single)}. {subject.origin()}",
