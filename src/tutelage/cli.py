@@ -386,10 +386,32 @@ def compare(
 @app.command()
 def analyze(
     folder: _Folder,
-    examples: Annotated[int, typer.Option(min=1, help="Evaluation examples to use.")] = 256,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Analyses, separated by commas: blocks, activations (the default), stages, "
+            "sharpness, surface, oscillation, latents."
+        ),
+    ] = None,
+    retrain: Annotated[
+        bool,
+        typer.Option(
+            "--retrain",
+            help="Train the student once more, watched: surface, oscillation and latents need it.",
+        ),
+    ] = False,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Evaluation examples, for what runs forward only.")
+    ] = 256,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Training examples, for sharpness and surface.")
+    ] = 32,
+    points: Annotated[
+        int, typer.Option(min=3, help="Points of the surface along each direction, odd.")
+    ] = 11,
     as_json: _Json = False,
 ) -> None:
-    """Show how far a student's inner signals are from its teacher's, block by block."""
+    """Look into a trained student: errors by block, activations, curvature, oscillation."""
     _quiet()
     from ._tables import blocks_table
     from .study import analyze as run
@@ -397,13 +419,19 @@ def analyze(
     console = _console()
     found = run(
         folder,
+        only=None if only is None else [name.strip() for name in only.split(",")],
         examples=examples,
+        samples=samples,
+        points=points,
+        retrain=retrain,
         report=(lambda line: None) if as_json else reporter(console),
     )
     if as_json:
-        typer.echo(json.dumps([block.to_dict() for block in found]))
-    else:
-        console.print(blocks_table(found))
+        typer.echo(json.dumps(found.data))
+        return
+    if found.blocks:
+        console.print(blocks_table(found.blocks))
+    reporter(console)(f"{', '.join(found.data)}: in {folder / 'analysis'}")
 
 
 @app.command()

@@ -19,7 +19,10 @@ from helpers import make_batch, pair, save_tiny, write_rows
 from tutelage.cli import app
 from tutelage.distill import LiveTeacher
 from tutelage.errors import ArtefactError, StudyError
-from tutelage.study import analyze, block_errors
+from tutelage.study import _output, analyze, block_errors
+from tutelage.study._entries import ENTRIES
+from tutelage.study._folder import RunFolder, spaced
+from tutelage.study._rerun import retrain
 from tutelage.train.recipe import recipe_from_dict
 from tutelage.train.run import run_recipe
 
@@ -121,22 +124,89 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_is_analyzed(done: Path) -> None:
     found = analyze(done, examples=40)
+    assert list(found.data) == ["blocks", "activations"]
     written = json.loads((done / "analysis" / "blocks.json").read_text())
+    assert written == json.loads(json.dumps(found.data["blocks"]))
     assert written["examples"] == 40
-    assert len(written["blocks"]) == len(found) == 2
+    assert len(written["blocks"]) == len(found.blocks) == 2
     assert written["blocks"][1]["signals"]["block_output"]["mse"] > 0
-    assert (done / "analysis" / "blocks.png").stat().st_size > 10_000
-    everything = analyze(done, examples=1000)
-    assert json.loads((done / "analysis" / "blocks.json").read_text())["examples"] == 70
-    assert everything != found
+    everything = analyze(done, examples=1000, only=["blocks"])
+    assert everything.data["blocks"]["examples"] == 70
+    assert everything.blocks != found.blocks
+
+
+def test_every_analysis_explains_itself_and_has_a_figure(done: Path) -> None:
+    names = list(ENTRIES)
+    found = analyze(done, only=names, retrain=True, examples=20, samples=4, points=3)
+    assert list(found.data) == names
+    for name in names:
+        written = json.loads((done / "analysis" / f"{name}.json").read_text())
+        assert written == json.loads(json.dumps(found.data[name]))
+        assert written["title"]
+        assert written["caption"].endswith(".")
+        assert (done / "analysis" / f"{name}.png").stat().st_size > 10_000
+    assert {file.name for file in found.files} == {
+        f"{name}.{kind}" for name in names for kind in ("json", "png")
+    }
+    assert not list((done / "analysis").glob(".*"))
+    assert found.data["stages"]["stages"][1]["assisted"]
+    assert len(found.data["sharpness"]["per_sample"]) == 4
+    assert len(found.data["oscillation"]["layers"][0]["flipped"]) == 4
+    assert found.data["latents"]["first"] != found.data["latents"]["last"]
+    assert "100.00 % of its codes equal" in found.data["surface"]["caption"]
+
+
+def test_the_trained_again_student_is_the_packed_one(done: Path) -> None:
+    before = sorted(str(path) for path in done.rglob("*"))
+    run = RunFolder(done)
+    again = retrain(run)
+    assert again.equal == 1.0
+    batch = inputs(5)
+    with torch.no_grad():
+        own, packed = (m(**batch).logits for m in (again.student, run.student))
+    assert torch.equal(own, packed)
+    assert sorted(str(path) for path in done.rglob("*")) == before
+    made = run.trainable()
+    with torch.no_grad():
+        torch.testing.assert_close(made(**batch).logits, packed, atol=1e-4, rtol=1e-4)
+
+
+def test_sharpness_of_the_packed_student_is_that_of_the_trained_one(done: Path) -> None:
+    packed, trained = (
+        analyze(done, only=["sharpness"], samples=3, retrain=again).data["sharpness"]
+        for again in (False, True)
+    )
+    values = [[sample[0] for sample in data["per_sample"]] for data in (packed, trained)]
+    assert values[0] == pytest.approx(values[1], rel=0.02)
+    assert packed["trace"]["value"] == pytest.approx(trained["trace"]["value"], rel=0.01)
+
+
+def test_examples_are_evenly_spaced() -> None:
+    assert spaced(10, 4) == [0, 2, 5, 7]
+    assert spaced(3, 8) == [0, 1, 2]
+    assert spaced(5, 1) == [0]
+
+
+def test_without_matplotlib_there_are_no_figures(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "copy"
+    shutil.copytree(done, copied)
+    monkeypatch.setattr(_output, "plots_missing", lambda: "no plots: it is missing.")
+    said: list[str] = []
+    analyze(copied, examples=4, report=said.append)
+    assert said == ["no plots: it is missing."]
+    assert (copied / "analysis" / "blocks.json").is_file()
+    assert not (copied / "analysis" / "blocks.png").exists()
 
 
 def test_the_command(done: Path) -> None:
     shown: Any = CliRunner().invoke(app, ["analyze", str(done), "--examples", "8"])
     assert shown.exit_code == 0
     assert "cosine" in shown.output
-    plain: Any = CliRunner().invoke(app, ["analyze", str(done), "--examples", "8", "--json"])
-    assert len(json.loads(plain.output)) == 2
+    some = ["--examples", "8", "--only", "activations, blocks", "--json"]
+    plain: Any = CliRunner().invoke(app, ["analyze", str(done), *some])
+    assert list(json.loads(plain.output)) == ["blocks", "activations"]
 
 
 def test_says_what_is_missing(done: Path, tmp_path: Path) -> None:
@@ -144,6 +214,14 @@ def test_says_what_is_missing(done: Path, tmp_path: Path) -> None:
         analyze(tmp_path)
     with pytest.raises(StudyError, match="0 examples"):
         analyze(done, examples=0)
+    with pytest.raises(StudyError, match="0 samples"):
+        analyze(done, samples=0)
+    with pytest.raises(StudyError, match="4 points a side"):
+        analyze(done, points=4)
+    with pytest.raises(StudyError, match=r"no analysis 'sharpnes'.*Did you mean 'sharpness'"):
+        analyze(done, only=["sharpnes"])
+    with pytest.raises(StudyError, match=r"'surface' needs the latent weights.*--retrain"):
+        analyze(done, only=["surface"])
     copied = tmp_path / "copy"
     shutil.copytree(done, copied)
     shutil.rmtree(copied / "teacher")

@@ -50,7 +50,10 @@ class LossTerm(Protocol):
 
 
 class _SquaredError(torch.autograd.Function):
-    """Sum of squared differences under a mask; the differences are made again for the gradient."""
+    """Sum of squared differences under a mask; the differences are made again for the gradient.
+
+    The backward pass has a gradient of its own where one is asked for (``create_graph=True``).
+    """
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:
@@ -60,7 +63,11 @@ class _SquaredError(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         own, other, mask = ctx.saved_tensors
-        return kernels.squared_error_gradient(own, other, mask, 2.0 * grads[0]), None, None
+        weight = None if mask is None else mask.square()
+        if torch.is_grad_enabled():
+            difference = own - other if weight is None else (own - other) * weight
+            return difference * (2.0 * grads[0]), None, None
+        return kernels.squared_error_gradient(own, other, weight, 2.0 * grads[0]), None, None
 
 
 def squared_error(own: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,112 +1,117 @@
-"""``tutelage analyze``: the student of a folder beside its teacher, on its evaluation data."""
+"""``tutelage analyze``: the student of a folder beside its teacher."""
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from ..errors import StudyError, nearest
+from ._entries import ENTRIES, LATENT, USUAL, Subject
+from ._folder import RunFolder
+from ._layers import BlockError
+from ._output import write_entry
 
-from ..artefacts import load, write_text
-from ..errors import ArtefactError, StudyError
-from ..train._models import encode_for, load_config, load_model
-from ..train._output import RECIPE_FILE, TEACHER
-from ..train.recipe import Recipe, load_recipe
-from ..train.tasks import TASKS, batches
-from ._layers import BlockError, block_errors
-from ._plots import plots_missing, write_block_plot
+__all__ = ["Analysis", "analyze"]
 
-__all__ = ["analyze"]
+_FOLDER = "analysis"
 
-_FOLDER, _FILE, _PLOT = "analysis", "blocks.json", "blocks.png"
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found.
+
+    Attributes:
+        data: By name of the analysis, what its JSON file holds.
+        blocks: Errors of every block; empty where they were not asked for.
+        files: The files that were written.
+    """
+
+    data: dict[str, dict[str, Any]]
+    blocks: list[BlockError]
+    files: tuple[Path, ...]
 
 
 def analyze(
-    folder: Path, *, examples: int = 256, report: Callable[[str], None] = lambda line: None
-) -> list[BlockError]:
-    """Compares the student in a folder with its teacher, block by block.
+    folder: Path,
+    *,
+    only: Sequence[str] | None = None,
+    examples: int = 256,
+    samples: int = 32,
+    points: int = 11,
+    retrain: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Analysis:
+    """Looks into the student of a folder, beside its teacher.
 
-    ``DIR/analysis/`` gets ``blocks.json`` and, where matplotlib is there, ``blocks.png``. The
-    figures are those of the packed student with no intervention.
+    ``DIR/analysis/`` gets ``NAME.json`` and, where matplotlib is there, ``NAME.png`` of every
+    analysis: ``blocks`` and ``activations`` unless others are named; with ``retrain`` those that
+    need latent weights (``surface``, ``oscillation``, ``latents``), too. ``stages`` and
+    ``sharpness`` are made where they are named.
 
     Args:
         folder: Written by ``tutelage train``.
-        examples: The first so many evaluation examples are used, shorter ones together.
-        report: Told where the plot could not be drawn.
+        only: Names of analyses; default: the usual ones.
+        examples: Evaluation examples, evenly spaced, for what runs forward only.
+        samples: Training examples, evenly spaced, for curvature and loss surface.
+        points: Points of the loss surface along each direction, odd.
+        retrain: Train the student once more, watched, to have its latent weights.
+        report: Told what happens, and where no figure could be drawn.
 
     Returns:
-        One entry a block.
+        What was found.
 
     Raises:
-        TutelageError: The folder holds no run, or its data or its teacher are gone.
+        TutelageError: The folder holds no run, its data or its teacher are gone, or an analysis
+            is unknown or needs ``retrain``.
     """
-    if examples < 1:
-        raise StudyError(f"{examples} examples; use 1 or more.")
-    recipe = _recipe(folder)
-    student = load(folder).eval()
-    kind = TASKS[recipe.data.task]
-    read = kind.read(recipe.data)[1]
-    task = kind.of_model(student, recipe.data, read)
-    teacher = _teacher(folder, recipe, task)
-    processor = kind.load_processor(str(folder), student.config)
-    limit = task.limit(recipe.data, [student], processor)
-    data = encode_for(teacher, task, read, processor, limit)
+    for value, what in ((examples, "examples"), (samples, "samples")):
+        if value < 1:
+            raise StudyError(f"{value} {what}; use 1 or more.")
+    if points < 3 or points % 2 == 0:
+        raise StudyError(f"a surface of {points} points a side; use an odd number from 3 on.")
+    names = _chosen(only, retrain)
+    subject = Subject(RunFolder(folder), examples, samples, points, retrain, report)
+    data: dict[str, dict[str, Any]] = {}
+    files: list[Path] = []
+    said: set[str] = set()
 
-    def some() -> Iterator[dict[str, Any]]:
-        left = examples
-        for rows, batch in batches(data, task.collator(processor), min(32, examples)):
-            yield {key: value[:left] for key, value in batch.items()}
-            left -= len(rows)
-            if left <= 0:
-                return
+    def once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            report(line)
 
-    found = block_errors(student, teacher, some())
-    count = min(examples, len(data))
-    target = folder / _FOLDER
-    target.mkdir(exist_ok=True)
-    plain = {
-        "what": "packed student beside its teacher, no intervention",
-        "examples": count,
-        "blocks": [block.to_dict() for block in found],
-    }
-    write_text(target / _FILE, json.dumps(plain, indent=1, allow_nan=False) + "\n")
-    if missing := plots_missing():
-        report(missing)
-    else:
-        write_block_plot(found, target / _PLOT)
-    return found
+    for name in names:
+        entry = ENTRIES[name](subject)
+        files += write_entry(entry, folder / _FOLDER, once)
+        data[name] = entry.to_dict()
+    return Analysis(data, subject.blocks, tuple(files))
 
 
-def _recipe(folder: Path) -> Recipe:
-    file = folder / RECIPE_FILE
-    if not file.is_file():
-        raise ArtefactError(
-            f"{folder} holds no {RECIPE_FILE}, which names data and teacher; name the folder of a "
-            "tutelage train run."
-        )
-    return load_recipe(file)
-
-
-def _teacher(folder: Path, recipe: Recipe, task: Any) -> nn.Module:
-    own = folder / TEACHER
-    name = str(own) if own.is_dir() else recipe.model.teacher or recipe.model.name_or_path
-    config = load_config(name, "the teacher")
-    if not task.head.on(config):
-        raise ArtefactError(
-            f"the teacher of {folder} is gone: {name!r} has no {task.head.name}; keep the folder "
-            f"{own}."
-        )
-    return load_model(name, config, task, "the teacher").eval()
+def _chosen(only: Sequence[str] | None, retrain: bool) -> list[str]:
+    if only is None:
+        return [name for name in ENTRIES if name in USUAL or (retrain and name in LATENT)]
+    for name in only:
+        if name not in ENTRIES:
+            known = ", ".join(ENTRIES)
+            raise StudyError(
+                f"there is no analysis {name!r}; use {known}.{nearest(name, list(ENTRIES))}"
+            )
+        if name in LATENT and not retrain:
+            raise StudyError(
+                f"the analysis {name!r} needs the latent weights, which a folder does not hold; "
+                "add --retrain to train the student once more."
+            )
+    return [name for name in ENTRIES if name in only]
 
 
 def table(found: list[BlockError]) -> list[tuple[str, ...]]:
     """Returns the cells of the table: block, relative errors, cosine of the block's output, KL.
 
     Args:
-        found: What ``analyze`` returned.
+        found: Errors of every block.
     """
     rows = []
     for block in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..distill import Distiller
 from ..distill._teacher import prediction
 from ..errors import NonFiniteLossError
+from ..intervention import Schedule
 from ..train._inference import divergence
 from ..train._plan import Plan
 from ..train.tasks import batches
 from ._records import Point
 
-__all__ = ["Curve", "Evaluator"]
+__all__ = ["AssistedCurve", "Curve", "Evaluator"]
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,17 @@ class Evaluator:
         self.teacher = self._headline([batch.teacher for batch in self._batches])
 
     def __call__(
-        self, student: nn.Module, step: int
+        self,
+        student: nn.Module,
+        step: int,
+        predict: Callable[[dict[str, Tensor]], Tensor] | None = None,
     ) -> tuple[Point, npt.NDArray[np.float32] | None]:
         """Measures a student; its mode is left as it was.
 
         Args:
             student: The student.
             step: Optimizer steps it has done.
+            predict: From inputs to predictions; default: the student's own.
 
         Returns:
             The figures, and KL(teacher || student) of every example where outputs are classes.
@@ -75,9 +82,8 @@ class Evaluator:
         modes = {module: module.training for module in student.modules()}
         student.eval()
         with torch.no_grad():
-            values = [
-                prediction(student(**batch.inputs)).values.float().cpu() for batch in self._batches
-            ]
+            made = predict or (lambda inputs: prediction(student(**inputs)).values)
+            values = [made(batch.inputs).float().cpu() for batch in self._batches]
         for module, mode in modes.items():
             module.training = mode
         if not all(bool(value.isfinite().all()) for value in values):
@@ -137,3 +143,43 @@ class Curve(TrainerCallback):
         if state.global_step in self._steps:
             point, self.divergences = self._evaluator(kwargs["model"], state.global_step)
             self.points.append(point)
+
+
+class AssistedCurve(TrainerCallback):
+    """Measures a student in training with the teacher stepping in, as in the step just done.
+
+    The figures are ASSISTED: the teacher's signals are in the student's forward pass (Kim et al.,
+    arXiv 2302.11812, evaluate so during their first step), so that they say nothing of what the
+    student can do on its own.
+
+    Attributes:
+        points: The figures so far.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, steps: tuple[int, ...], teacher: nn.Module, schedule: Schedule
+    ) -> None:
+        """Keeps the steps.
+
+        Args:
+            evaluator: Measures.
+            steps: Numbers of steps done.
+            teacher: Whose signals step in.
+            schedule: Says which stage was on.
+        """
+        self._evaluator, self._steps = evaluator, set(steps)
+        self._teacher, self._schedule = teacher, schedule
+        self.points: list[Point] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measures where a step of the list is done."""
+        if state.global_step not in self._steps:
+            return
+        student, stage = kwargs["model"], self._schedule(state.global_step - 1)
+        distiller = Distiller(student, self._teacher)
+        point, _ = self._evaluator(
+            student,
+            state.global_step,
+            lambda inputs: distiller.step(inputs, stage).student_logits,
+        )
+        self.points.append(point)

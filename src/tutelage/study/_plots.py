@@ -7,10 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ._layers import BlockError
 from ._summary import Summary, Variant
 
-__all__ = ["plots_missing", "write_block_plot", "write_plots"]
+__all__ = ["plots_missing", "write_plots"]
 
 
 def plots_missing() -> str:
@@ -66,35 +65,3 @@ def write_plots(summary: Summary, folder: Path) -> None:
         figure.suptitle(f"{task}, {scheme}, {steps} steps")
         name = "_".join((task, scheme, str(steps))).replace(" ", "-")
         figure.savefig(folder / f"{name}.png", dpi=120)
-
-
-def write_block_plot(found: list[BlockError], file: Path) -> None:
-    """Draws the error of every block, and the KL of every attention head.
-
-    Args:
-        found: What ``analyze`` returned.
-        file: The PNG to write.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for site in dict.fromkeys(site for block in found for site in block.signals):
-        points = [(i, b.signals[site].relative) for i, b in enumerate(found) if site in b.signals]
-        left.plot(*zip(*points, strict=True), marker=".", label=site.replace("_", " "))
-    left.set(xlabel="block", ylabel="squared error / squared norm of the teacher's")
-    left.set_ylim(bottom=0)
-    left.grid(visible=True, alpha=0.3)
-    left.legend(fontsize="small")
-    heads = [block.attention_kl for block in found]
-    widest = max(map(len, heads))
-    if widest:
-        padded = [[*row, *[float("nan")] * (widest - len(row))] for row in heads]
-        image = right.imshow(padded, aspect="auto", cmap="viridis", vmin=0)
-        figure.colorbar(image, ax=right, label="KL(teacher || student), nats")
-        right.set(xlabel="head", ylabel="block", title="attention maps")
-    else:
-        right.text(0.5, 0.5, "attention maps are out of reach", ha="center", va="center")
-        right.set_axis_off()
-    left.set_title("inner signals")
-    figure.savefig(file, dpi=120)

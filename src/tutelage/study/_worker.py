@@ -8,7 +8,7 @@ import dataclasses
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import transformers
 from torch import nn
+from transformers import TrainerCallback
 
 from .._machine import processor_name
 from .._prepare import prepare
@@ -28,21 +29,29 @@ from ._evaluation import Curve, Evaluator
 from ._grid import Cell, evaluation_steps
 from ._records import Point, Record
 
-__all__ = ["machine", "make_teacher", "run_cell", "threads"]
+__all__ = ["Task", "machine", "make_teacher", "run_cell", "task_of", "threads", "train_cell"]
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
+    """What the runs of a task share.
+
+    Attributes:
+        plan: Data and models.
+        teacher: In eval mode.
+        evaluator: Measures students.
+    """
+
     plan: Plan
     teacher: nn.Module
     evaluator: Evaluator
 
 
-_KEPT: dict[str, _Task] = {}
+_KEPT: dict[str, Task] = {}
 """The last task of this process, by its sections: reading and tokenizing take seconds."""
 
 
-def _task(recipe: Recipe) -> _Task:
+def _task(recipe: Recipe) -> Task:
     sections = recipe.model_dump_json(include={"model", "data", "teacher", "output"})
     if sections not in _KEPT:
         _KEPT.clear()
@@ -56,7 +65,7 @@ def _task(recipe: Recipe) -> _Task:
             )
         teacher, _ = obtain_teacher(plan, lambda line: None, None)
         teacher = teacher.to(_device()).eval()
-        _KEPT[sections] = _Task(plan, teacher, Evaluator(plan, teacher))
+        _KEPT[sections] = Task(plan, teacher, Evaluator(plan, teacher))
     return _KEPT[sections]
 
 
@@ -139,33 +148,61 @@ def _shared(recipe: Recipe) -> Recipe:
     )
 
 
-def _run(cell: Cell, task: _Task) -> tuple[tuple[Point, ...], npt.NDArray[np.float32] | None]:
-    scheme = make_scheme(cell.recipe.student)
+def _run(cell: Cell, task: Task) -> tuple[tuple[Point, ...], npt.NDArray[np.float32] | None]:
     if not cell.steps:
         source = task.plan.model if task.plan.model_has_head else task.teacher
-        student = prepare(copy.deepcopy(source), scheme).to(_device()).eval()
+        student = (
+            prepare(copy.deepcopy(source), make_scheme(cell.recipe.student)).to(_device()).eval()
+        )
         point, divergences = task.evaluator(student, 0)
         return (point,), divergences
     curve = Curve(task.evaluator, evaluation_steps(cell.steps, cell.points))
+    _train(cell, task, [curve])
+    return tuple(curve.points), curve.divergences
+
+
+def _train(cell: Cell, task: Task, watchers: Sequence[TrainerCallback]) -> nn.Module:
     with tempfile.TemporaryDirectory(dir=task.plan.folder, prefix="run-") as folder:
         plan = dataclasses.replace(
             task.plan,
             recipe=cell.recipe,
             folder=Path(folder),
-            scheme=scheme,
+            scheme=make_scheme(cell.recipe.student),
             schedule=make_schedule(cell.recipe),
             losses=make_losses(cell.recipe.student),
         )
-        train_student(
+        return train_student(
             plan,
             task.teacher,
             lambda line: None,
             None,
             resume=False,
-            watchers=[curve],
+            watchers=watchers,
             store=False,
         )
-    return tuple(curve.points), curve.divergences
+
+
+def task_of(cell: Cell) -> Task:
+    """Returns data, teacher and evaluation of a run's task; the teacher is trained if need be.
+
+    Args:
+        cell: The run.
+    """
+    return _task(_shared(cell.recipe))
+
+
+def train_cell(cell: Cell, watchers: Sequence[TrainerCallback] = ()) -> nn.Module:
+    """Makes a run and returns its student with latent weights, in eval mode; writes no record.
+
+    Args:
+        cell: What is run, with one step or more.
+        watchers: Told of every step, see ``Trainer``.
+
+    Raises:
+        TutelageError: As ``run_cell``, and where a loss is not finite.
+    """
+    with threads(cell.recipe.threads or torch.get_num_threads()):
+        return _train(cell, task_of(cell), watchers)
 
 
 def machine() -> dict[str, object]:
