@@ -9,7 +9,7 @@ from importlib.resources import files
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pages import Read
+from report_pages import Read
 
 from tutelage.report._lines import Band, Line, line_chart, spread_out
 from tutelage.report._points import interval_chart, scatter

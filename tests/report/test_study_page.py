@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import read
+from report_pages import read
 
 from helpers import save_tiny, write_rows
 from tutelage.errors import StudyError, TutelageError

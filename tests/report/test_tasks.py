@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pages import read
+from report_pages import read
 from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import make_run, read
+from report_pages import make_run, read
 from typer.testing import CliRunner
 
 from helpers import save_tiny, write_rows
