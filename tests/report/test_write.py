@@ -199,14 +199,19 @@ def test_refuses_what_is_no_run(tmp_path: Path, run: Path) -> None:
 
 def test_figures_of_other_programs_are_shown_by_contract(run: Path) -> None:
     png = (run / "analysis" / "blocks.png").read_bytes()
-    for name, title in (("zeta", "Last <one>"), ("curvature", "How sharp")):
+    for name, title in (("zeta", "Last <one>"), ("sharpness", "How sharp")):
         values = {"title": title, "caption": f"Says {name}.", "figures": [1]}
         (run / "analysis" / f"{name}.json").write_text(json.dumps(values))
         (run / "analysis" / f"{name}.png").write_bytes(png)
     (run / "analysis" / "undrawn_one.json").write_text('{"caption": "Alone."}')
     page = shown(run)
     titles = [str(attrs["alt"]).split(":")[0] for attrs in page.all("img")]
-    assert titles == ["Errors inside, block by block", "How sharp", "Last <one>"]
+    assert titles == [
+        "Errors block by block",
+        "Ranges of activations",
+        "How sharp",
+        "Last <one>",
+    ]
     assert "Says zeta." in page.texts["inside"]
     assert "undrawn one: Alone. No figure was drawn." in page.texts["inside"]
 

@@ -17,12 +17,12 @@ BENCH_FILE = "bench.json"
 ANALYSIS = "analysis"
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_FIRST = ("blocks", "heads", "curvature", "hessian", "surface", "landscape")
+_FIRST = ("blocks", "activations", "stages", "sharpness", "surface", "oscillation", "latents")
 """Names in the order of the page; others follow, sorted."""
 
 _DEFAULTS = {
     "blocks": (
-        "Errors inside, block by block",
+        "Errors block by block",
         "The signals of the packed student beside those of its teacher on the same evaluation "
         "data, with no intervention. Left: squared error over the squared norm of the teacher's "
         "signal, so that 0 is equal and 1 as far off as a signal of zeros. Right: how far the "
