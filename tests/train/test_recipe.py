@@ -42,6 +42,22 @@ def test_defaults() -> None:
     assert recipe.threads is None
 
 
+@pytest.mark.parametrize("scheme", ["binary-a8", "binary-a4"])
+def test_defaults_of_binary_weights(scheme: str) -> None:
+    own = [f"student.scheme={scheme}"]
+    recipe = recipe_from_dict(MINIMAL, own)
+    assert (recipe.schedule.kind, recipe.schedule_steps) == ("none", 0)
+    assert (recipe.student.ramp, recipe.student.rate_by_magnitude) == (0.5, True)
+    assert recipe.student.learning_rate == 1e-3
+    assert recipe_from_dict(recipe.model_dump()) == recipe
+    said = ["schedule.steps=7", "student.ramp=0", "student.rate_by_magnitude=false"]
+    recipe = recipe_from_dict(MINIMAL, [*own, *said, "student.learning_rate=0.01"])
+    assert (recipe.schedule.kind, recipe.schedule_steps) == ("gradual", 7)
+    assert (recipe.student.ramp, recipe.student.rate_by_magnitude) == (0.0, False)
+    assert recipe.student.learning_rate == 0.01
+    assert recipe_from_dict(MINIMAL, [*own, "student.learning_rate=null"]).student.ramp == 0.5
+
+
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
 def test_every_key_is_described_and_no_other_is_taken(section: type[BaseModel]) -> None:
     assert all(field.description for field in section.model_fields.values())

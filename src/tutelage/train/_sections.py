@@ -22,6 +22,7 @@ from ._fields import (
     ShareOrCount,
 )
 from ._fields import TaskName as TaskName
+from ._scheme_defaults import with_scheme_defaults
 from .metrics import METRICS
 
 __all__ = [
@@ -219,7 +220,9 @@ class ScheduleSection(Section):
     """When the teacher intervenes."""
 
     kind: Literal["gradual", "constant", "inverted", "stochastic", "none"] = Field(
-        default="gradual", description="order of the intervention stages"
+        default="gradual",
+        description="order of the intervention stages; default: gradual, and none where weights "
+        "are binary",
     )
     steps: Natural | None = Field(
         default=None, description="steps with intervention; default: min(60, max_steps // 3)"
@@ -244,9 +247,6 @@ class StudentSection(Section):
     quantize_attention: Flag = Field(
         default=True, description="quantize the products inside attention, too"
     )
-    learned_scales: Flag = Field(
-        default=False, description="train a factor of every weight scale with the weights"
-    )
     losses: Literal["default", "reference"] | dict[str, Rate] = Field(
         default="default",
         description="distillation losses: a set's name, or terms with their weights, such as "
@@ -258,18 +258,25 @@ class StudentSection(Section):
     optimizer: Literal["adamw", "bert_adam"] = Field(default="adamw", description="optimizer")
     dropout: bool = Field(default=False, description="train the student with its dropout on")
     ramp: Fraction = Field(
-        default=0.0, description="part of the training that goes from full precision to quantized"
+        default=0.0,
+        description="part of the training that goes from full precision to quantized; default: 0, "
+        "and 0.5 where weights are binary",
     )
     rate_by_magnitude: Flag = Field(
         default=False,
-        description="learning rate of a quantized weight in proportion to its mean magnitude",
+        description="learning rate of a quantized weight in proportion to its mean magnitude; "
+        "default: where weights are binary",
+    )
+    learned_scales: Flag = Field(
+        default=False, description="train a factor of every weight scale with the weights"
     )
     group_by_length: Flag = Field(
         default=False, description="batches of texts of about equal length, which pad little"
     )
     max_steps: Positive = Field(default=300, description="training steps")
     learning_rate: Rate | None = Field(
-        default=None, description="peak learning rate; default: the library's"
+        default=None,
+        description="peak learning rate; default: 3e-4, and 1e-3 where weights are binary",
     )
     batch_size: Positive = Field(default=32, description="examples per step")
     warmup_ratio: Fraction = Field(default=0.1, description="share of the steps for warm-up")
@@ -304,6 +311,11 @@ class Recipe(Section):
     output: str = Field(description="folder of the result")
     seed: Natural = Field(default=0, description="seed of the run")
     threads: Positive | None = Field(default=None, description="CPU threads; default: torch's")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_scheme(cls, values: Any) -> Any:
+        return with_scheme_defaults(values) if isinstance(values, dict) else values
 
     @property
     def schedule_steps(self) -> int:
