@@ -146,4 +146,4 @@ def _convert(model: nn.Module, modules: Mapping[str, ModuleSpec]) -> None:
         input = None if spec.input is None else spec.input.build()
         quantize_module(module, spec.kind, weight, input, spec.arithmetic)
         if spec.shared_with is None and cast("Any", spec.weight).learned_scale:
-            weight.learn_scale(len(cast("QuantWeight", model.get_submodule(name)).weight_rows()))
+            weight.learn_scale(cast("QuantWeight", model.get_submodule(name)).weight_rows())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tutelage
 from helpers import Again, make_batch, tiny
 from tutelage.distill import SAMPLE_IDS, CudaRecorder
+from tutelage.distill._capturable import make_capturable
 from tutelage.errors import DataError, RecipeError, UnsupportedModelError
 from tutelage.intervention import stages
 from tutelage.train._optim import BertAdam, reset_state
@@ -184,3 +185,11 @@ def test_graphs_equal_eager_on_a_gpu() -> None:
             lost.append(step(batch, schedule(index))["loss"])
         found.append(torch.stack(lost))
     assert torch.equal(found[0], found[1])
+
+
+def test_a_group_without_parameters_is_set_as_the_others_are() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, device="meta"))
+    optimizer = torch.optim.AdamW([{"params": [weight]}], lr=0.1)
+    optimizer.param_groups.insert(0, {**optimizer.param_groups[0], "params": []})
+    rates = make_capturable(optimizer)
+    assert [rate.device.type for rate in rates] == ["meta", "meta"]

@@ -21,6 +21,7 @@ from tutelage.nn import QuantLinear
 from tutelage.quantizers import (
     BinaryQuantizer,
     FourLevelQuantizer,
+    Quantized,
     TernaryQuantizer,
     UniformQuantizer,
 )
@@ -44,7 +45,7 @@ def test_the_scale_is_multiplied_and_the_codes_stay(
     weight = torch.randn(rows, width, generator=generator) * size
     weight[0] = 0.0
     plain, learned = kind(granularity), kind(granularity)
-    learned.learn_scale(rows)
+    learned.learn_scale(weight)
     assert torch.equal(learned(weight), plain(weight))
     gains = torch.randn(learned.log_gain.shape, generator=generator)
     learned.log_gain.data.copy_(gains)
@@ -73,7 +74,7 @@ def test_the_gradient_is_that_of_the_product(
     x, upstream = torch.randn(5, 6), torch.randn(5, 4)
     weight, read = kind(granularity), None if weight_only else UniformQuantizer(8)
     made = QuantLinear.from_linear(layer, weight, read, arithmetic)
-    weight.learn_scale(4)
+    weight.learn_scale(layer.weight)
     gains = torch.randn_like(weight.log_gain) * 0.3
     weight.log_gain.data.copy_(gains)
     made(x).backward(upstream)
@@ -114,6 +115,22 @@ def test_a_student_with_learned_scales_trains_saves_and_loads(tmp_path: Path) ->
     loaded = tutelage.load(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, want)
+
+
+def test_a_quantizer_that_ignores_the_gain_is_refused() -> None:
+    class Own(BinaryQuantizer):
+        def quantize(self, x: torch.Tensor) -> Quantized:
+            return Quantized(torch.ones_like(x), x.abs().mean(-1, keepdim=True))
+
+    with pytest.raises(SchemeError, match=r"Own has no learned scale.*with_gain"):
+        Own("row").learn_scale(torch.ones(3, 4))
+
+
+def test_the_gain_lies_beside_the_weight() -> None:
+    quantizer = BinaryQuantizer("row")
+    quantizer.learn_scale(torch.ones(3, 4, device="meta"))
+    assert quantizer.log_gain is not None
+    assert quantizer.log_gain.device.type == "meta"
 
 
 def test_a_table_of_embeddings_has_none() -> None:

@@ -32,8 +32,11 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> list[Tensor]:
             "torch.optim.AdamW, or train without graphs."
         )
     rates = []
+    # torch asks for the same settings of every group, also of one that holds nothing.
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    common = everything[0].device if everything else torch.device("cpu")
     for group in optimizer.param_groups:
-        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        device = group["params"][0].device if group["params"] else common
         if not isinstance(group["lr"], Tensor):
             group["lr"] = torch.full((), float(group["lr"]), device=device)
         elif group["lr"].device != device:

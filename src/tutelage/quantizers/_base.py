@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..errors import SchemeError
 from ._estimators import ClippedSTE, GradientEstimator, StraightThrough
 from ._grid import Grid, Quantized
 
@@ -129,7 +130,7 @@ class BaseQuantizer(nn.Module):
         """Returns the quantized values of ``x``; the gradient passes through the estimator."""
         return cast("Tensor", _FakeQuantize.apply(x, self.log_gain, self))
 
-    def learn_scale(self, rows: int) -> None:
+    def learn_scale(self, rows: Float[Tensor, "rows width"]) -> None:
         """Adds a learned factor e^g to every scale; g begins at 0 and is a parameter.
 
         The scale of learned step size quantization (LSQ, arXiv 1902.08153) and of BiT
@@ -137,10 +138,22 @@ class BaseQuantizer(nn.Module):
         optimizer changes it by a share, whatever its size, and it cannot become negative.
 
         Args:
-            rows: Rows of the weight that is quantized.
+            rows: The weight that is quantized; g is made beside it.
+
+        Raises:
+            SchemeError: ``quantize`` does not pass its result through ``with_gain``.
         """
-        count = rows if self.granularity == "row" else 1
-        self.log_gain = nn.Parameter(torch.zeros(count, 1))
+        count = len(rows) if self.granularity == "row" else 1
+        probe = torch.ones(count, 2)
+        plain = self.quantize(probe).scale
+        self.log_gain = nn.Parameter(torch.ones(count, 1))
+        if torch.equal(self.quantize(probe).scale, plain):
+            self.log_gain = None
+            raise SchemeError(
+                f"{type(self).__name__} has no learned scale; end its quantize with "
+                "self.with_gain(...), or leave out learned_scale."
+            )
+        self.log_gain = nn.Parameter(torch.zeros(count, 1, device=rows.device))
 
     def with_gain(self, quantized: Quantized) -> Quantized:
         """Returns codes and scale with the learned factor in the scale, where there is one.

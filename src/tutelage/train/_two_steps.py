@@ -22,10 +22,17 @@ _DEFAULT_STEPS = 60
 
 
 class _StepBoundary(TrainerCallback):
-    """Gives the second step a fresh optimizer; decided from the global step alone."""
+    """Gives the second step a fresh optimizer, and every epoch its order, as the step says."""
 
     def __init__(self, trainer: TwoStepTrainer) -> None:
         self._trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Where batches are skipped, accelerate's own call does not reach the sampler.
+        if self._trainer._lengths is not None:
+            self._trainer._lengths.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,6 +57,7 @@ class TwoStepTrainer(StoringTrainer):
             schedule: When the teacher intervenes.
             **kwargs: Passed to ``Trainer``.
         """
+        self._lengths: LengthSampler | None = None
         self.schedule = schedule
         self._active_schedule = schedule
         super().__init__(*args, **kwargs)
@@ -93,7 +101,9 @@ class TwoStepTrainer(StoringTrainer):
                 "'input_ids' or no length; leave it out."
             )
         count = self.args.gradient_accumulation_steps * max(self.args.world_size, 1)
-        return LengthSampler(lengths, self.args.train_batch_size * count, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._lengths = LengthSampler(lengths, self.args.train_batch_size * count, seed)
+        return self._lengths
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Returns the parameters with weight decay; those of quantizers have none."""
