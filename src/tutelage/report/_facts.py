@@ -73,6 +73,11 @@ class Facts:
     analyses: tuple[Analysis, ...]
     missing: dict[str, str]
 
+    @property
+    def ramp_steps(self) -> float:
+        """Steps in which the student goes from full precision to quantized: its loss must rise."""
+        return self.recipe.student.ramp * self.recipe.student.max_steps
+
 
 def gather(folder: Path, wanted: Wanted, say: Say) -> Facts:
     """Reads a run, and computes what it does not hold.
