@@ -290,3 +290,17 @@ def test_the_caption_says_why_the_loss_rises_in_the_ramp(good: Facts) -> None:
     ramped = good.recipe.model_copy(update={"student": student})
     assert said in caption(dataclasses.replace(good, recipe=ramped))
     assert "full precision" not in caption(good)
+
+
+@pytest.mark.parametrize(
+    ("majority", "wrong", "weak"),
+    [(0.985, 0.0, False), (0.985, 0.005, False), (0.985, 0.014, True), (0.5, 0.45, True),
+     (0.5, 0.35, False), (1.0, 0.0, False)],
+)  # fmt: skip
+def test_a_teacher_is_weak_by_its_errors(
+    good: Facts, majority: float, wrong: float, weak: bool
+) -> None:
+    labels = np.where(np.arange(COUNT) < majority * COUNT, 0, 1)
+    teacher = np.where(np.arange(COUNT) < wrong * COUNT, 1 - labels, labels)
+    facts = changed(good, "answers", labels=labels, teacher=teacher)
+    assert ("weak_teacher" in {finding.rule for finding in findings(facts)}) == weak
