@@ -14,8 +14,10 @@ from tutelage._size import SizePart, SizeReport
 from tutelage.bench._timing import Ratio
 from tutelage.intervention import Schedule
 from tutelage.report._answers import Answers
+from tutelage.report._curves import training_blocks
 from tutelage.report._facts import Facts
 from tutelage.report._measures import Errors
+from tutelage.report._page import Chart
 from tutelage.report._rules import RULES, findings
 from tutelage.report._rules_training import jump, still_falling
 from tutelage.report._speed import QuickCase, QuickSpeed
@@ -255,3 +257,50 @@ def test_a_jump_is_looked_for_within_a_stage() -> None:
     assert found is not None
     entry, factor, rate = found
     assert (entry.step, factor, rate) == (22, 2.0, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rule"),
+    [([0.01 * 1.6**i for i in range(12)] + [3.0] * 12, "jumped"),
+     ([1.0] * 12 + [9.0, 8.9, 9.1] * 2 + [5.0, 4.9, 5.1] * 2, "falling")],
+)  # fmt: skip
+def test_the_ramp_is_left_out(good: Facts, losses: list[float], rule: str) -> None:
+    student = good.recipe.student.model_copy(update={"max_steps": 48, "ramp": 0.75})
+    ramped = good.recipe.model_copy(update={"student": student})
+    plain = dataclasses.replace(good, log=entries(losses, Schedule.none()))
+    assert rule in {finding.rule for finding in findings(plain)}
+    assert rule not in {f.rule for f in findings(dataclasses.replace(plain, recipe=ramped))}
+
+
+def test_what_follows_the_ramp_counts() -> None:
+    log = entries([0.1, 0.2, 0.4, *[1.0] * 4, 2.0, 1.0], Schedule.none())
+    found = jump(log, after=6)
+    assert found is not None
+    assert (found[0].step, found[1]) == (16, 2.0)
+    assert jump(log, after=7) is not None  # the entry of steps 7 and 8 is left out
+    assert jump(log, after=10) is None  # two entries remain before it
+
+
+def test_the_caption_says_why_the_loss_rises_in_the_ramp(good: Facts) -> None:
+    def caption(facts: Facts) -> str:
+        return next(b.caption for b in training_blocks(facts) if isinstance(b, Chart))
+
+    said = "Over the first 50\u00a0% of the steps weights and activations went from full precision"
+    student = good.recipe.student.model_copy(update={"ramp": 0.5})
+    ramped = good.recipe.model_copy(update={"student": student})
+    assert said in caption(dataclasses.replace(good, recipe=ramped))
+    assert "full precision" not in caption(good)
+
+
+@pytest.mark.parametrize(
+    ("majority", "wrong", "weak"),
+    [(0.985, 0.0, False), (0.985, 0.005, False), (0.985, 0.014, True), (0.5, 0.45, True),
+     (0.5, 0.35, False), (1.0, 0.0, False)],
+)  # fmt: skip
+def test_a_teacher_is_weak_by_its_errors(
+    good: Facts, majority: float, wrong: float, weak: bool
+) -> None:
+    labels = np.where(np.arange(COUNT) < majority * COUNT, 0, 1)
+    teacher = np.where(np.arange(COUNT) < wrong * COUNT, 1 - labels, labels)
+    facts = changed(good, "answers", labels=labels, teacher=teacher)
+    assert ("weak_teacher" in {finding.rule for finding in findings(facts)}) == weak

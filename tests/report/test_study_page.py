@@ -143,6 +143,42 @@ def test_the_grid_is_to_grow_beyond_its_edge(facts: StudyFacts) -> None:
     edge = comparisons(facts, at_edge=True, best=dataclasses.replace(best, learning_rate=3e-3))
     (found,) = [f for f in study_findings(edge) if f.rule == "at_edge"]
     assert "Add 0.009 to learning_rates" in found.remedy
+    assert "missing" not in found.remedy
+
+
+def test_rates_of_the_study_beyond_the_edge_are_missing_runs(facts: StudyFacts) -> None:
+    best = dataclasses.replace(facts.summary.comparisons[0].best, learning_rate=3e-3)
+    only = dataclasses.replace(facts.summary.comparisons[0], best=best, at_edge=True)
+    edge = asked(replaced(facts, comparisons=(only,)), learning_rates=[1e-5, 1e-4, 3e-3, 0.01])
+    (found,) = [f for f in study_findings(edge) if f.rule == "at_edge"]
+    assert found.remedy == (
+        "Run tutelage compare again, which goes on with what is missing: "
+        f"{best.method} (toy, ternary-a8) at 0.01."
+    )
+    low = dataclasses.replace(only, best=dataclasses.replace(best, learning_rate=1e-4))
+    (found,) = [
+        f for f in study_findings(replaced(edge, comparisons=(low,))) if f.rule == "at_edge"
+    ]
+    assert "(toy, ternary-a8) at 1e-05." in found.remedy
+    assert "Add" not in found.remedy
+
+
+def test_the_ends_are_those_of_the_method(facts: StudyFacts) -> None:
+    first, second = facts.summary.comparisons
+    lower = [  # the second method was run at other rates, as a study that grew has it
+        dataclasses.replace(v, learning_rate=float(v.learning_rate or 0) / 100)
+        if v.method == second.best.method
+        else v
+        for v in facts.summary.variants
+    ]
+    best = dataclasses.replace(second.best, learning_rate=3e-5)
+    made = (
+        dataclasses.replace(first, at_edge=False),
+        dataclasses.replace(second, best=best, at_edge=True),
+    )
+    edge = replaced(facts, variants=tuple(lower), comparisons=made)
+    (found,) = [f for f in study_findings(edge) if f.rule == "at_edge"]
+    assert f"{best.method} (toy, ternary-a8) at 0.0001, 0.003." in found.remedy
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,17 @@ def test_refuses_what_is_no_run(tmp_path: Path, run: Path) -> None:
         write_report(run, wanted=NOTHING)
 
 
+def test_a_text_about_reports_is_no_report(run: Path) -> None:
+    other = run / "notes.md"
+    other.write_text("Made with tutelage report.")
+    with pytest.raises(OutputExistsError, match=r"notes\.md exists and is no report"):
+        write_report(run, other, wanted=NOTHING)
+    assert other.read_text() == "Made with tutelage report."
+    written = write_report(run, wanted=NOTHING).file
+    assert '<meta name="generator" content="tutelage report">' in written.read_text("utf-8")
+    assert write_report(run, wanted=NOTHING).file == written  # a report is replaced
+
+
 def test_figures_of_other_programs_are_shown_by_contract(run: Path) -> None:
     png = (run / "analysis" / "blocks.png").read_bytes()
     for name, title in (("zeta", "Last <one>"), ("sharpness", "How sharp")):

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from helpers import save_tiny, write_rows
 from tutelage.errors import ArtefactError
 from tutelage.intervention import Schedule
+from tutelage.train import _phases
 from tutelage.train._log import (
     LogPoints,
     log_every,
@@ -60,11 +62,15 @@ def test_about_forty_entries(steps: int, every: int) -> None:
 
 class State:
     def __init__(self, step: int) -> None:
-        self.global_step, self.max_steps = step, 9
+        self.global_step, self.max_steps, self.save_steps = step, 9, 4
 
 
 class Control:
-    should_log = False
+    should_log = should_save = False
+
+
+class Arguments:
+    save_strategy = "no"
 
 
 @pytest.mark.parametrize(
@@ -79,10 +85,69 @@ def test_entries_where_a_stage_ends(schedule: Schedule, asked: set[int]) -> None
     found = set()
     for step in range(1, 10):
         control = Control()
-        LogPoints(schedule).on_step_end(None, State(step), control)
+        LogPoints(schedule).on_step_end(Arguments(), State(step), control)
         if control.should_log:
             found.add(step)
     assert found == asked
+
+
+def test_entries_where_a_checkpoint_is_due_whoever_asks_for_it() -> None:
+    points, arguments, control = LogPoints(Schedule.none()), Arguments(), Control()
+    control.should_save = True
+    points.on_step_end(arguments, State(3), control)
+    assert control.should_log
+    arguments.save_strategy = "steps"
+    for step, due in ((3, False), (4, True), (8, True)):
+        control = Control()
+        points.on_step_end(arguments, State(step), control)
+        assert control.should_log == due
+
+
+class StopError(Exception):
+    """Ends a training from outside."""
+
+
+class Killing(TrainerCallback):
+    def attach(self, trainer: Any) -> None:
+        trainer.add_callback(self)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.max_steps == 13 and state.global_step == 7:
+            raise StopError
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+
+def test_a_run_resumed_between_two_entries_has_the_log_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_phases, "log_every", lambda steps: 4)
+    values = {
+        "model": {"name_or_path": str(save_tiny(tmp_path / "model"))},
+        "data": {
+            "train": str(write_rows(tmp_path / "train.tsv", rows=24)),
+            "eval": str(write_rows(tmp_path / "dev.tsv", rows=9, seed=1)),
+            "max_length": 16,
+        },
+        "teacher": {"max_steps": 2, "learning_rate": 1e-3, "batch_size": 8},
+        "student": {"max_steps": 13, "batch_size": 8, "save_steps": 6},
+        "schedule": {"steps": 0},
+    }
+    whole, cut = (
+        recipe_from_dict(values | {"output": str(tmp_path / name)}) for name in ("whole", "cut")
+    )
+    run_recipe(whole)
+    with pytest.raises(StopError):
+        run_recipe(cut, progress=lambda phase: Killing())
+    said: list[str] = []
+    run_recipe(cut, resume=True, report=said.append)
+    assert any(line.endswith("checkpoint-6") for line in said)
+    expected, found = (read_training_log(tmp_path / name) for name in ("whole", "cut"))
+    assert expected is not None
+    assert found == expected
+    steps = [(e.since, e.step) for e in expected.logged]
+    assert steps == [(0, 4), (4, 6), (6, 8), (8, 12), (12, 13)]
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

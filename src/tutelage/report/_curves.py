@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from ..train._log import Logged, TrainingLog
 from ..train.metrics import METRICS
 from ._facts import Facts
-from ._format import named, shown, significant
+from ._format import named, percent, shown, significant
 from ._lines import Band, Line, line_chart
 from ._page import Block, Chart, Table, Text
 
@@ -80,7 +80,7 @@ def _student(facts: Facts, log: TrainingLog) -> Iterator[Block]:
             x_range=ends,
             log_y=True,
         ),
-        _loss_caption(log),
+        _loss_caption(log, facts.recipe.student.ramp),
         _losses(log, names),
     )
     rates = [(float(e.step), e.learning_rate) for e in log.logged]
@@ -114,11 +114,16 @@ def _points(
     return tuple((float(step), value) for step, value in pairs)
 
 
-def _loss_caption(log: TrainingLog) -> str:
+def _loss_caption(log: TrainingLog, ramp: float) -> str:
     said = (
         "The loss that was minimised (the weighted sum) and every term of it (unweighted), on a "
         "logarithmic scale. "
     )
+    if ramp:
+        said += (
+            f"Over the first {percent(ramp, 0)} of the steps weights and activations went from "
+            "full precision to quantized, so that the loss rises there. "
+        )
     if not log.schedule_steps:
         return said + "The teacher did not intervene."
     return said + (

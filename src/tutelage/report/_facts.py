@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from .._size import SizeReport, stored_size
+from .._threads import threads
 from ..artefacts import load
 from ..bench import BenchResult
 from ..errors import ArtefactError, TutelageError
@@ -19,7 +20,7 @@ from ..train._result import RESULT_FILE, RunResult, read_result
 from ..train.recipe import Recipe, load_recipe
 from ._answers import Answers, answers_of
 from ._pair import load_pair
-from ._speed import QuickSpeed, quick_speed, threads
+from ._speed import QuickSpeed, quick_speed
 from ._stored import ANALYSIS, Analysis, read_analyses, read_bench
 
 __all__ = ["Facts", "Wanted", "gather"]
@@ -71,6 +72,11 @@ class Facts:
     quick: QuickSpeed | None
     analyses: tuple[Analysis, ...]
     missing: dict[str, str]
+
+    @property
+    def ramp_steps(self) -> float:
+        """Steps in which the student goes from full precision to quantized: its loss must rise."""
+        return self.recipe.student.ramp * self.recipe.student.max_steps
 
 
 def gather(folder: Path, wanted: Wanted, say: Say) -> Facts:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArtefactError
-from ..train._models import encode_for, load_config, load_model
-from ..train._output import TEACHER
+from ..study._folder import load_teacher
+from ..train._models import encode_for
 from ..train.recipe import Recipe
 from ..train.tasks import TASKS, Task, TaskDataset
 
@@ -57,13 +56,13 @@ def load_pair(folder: Path, recipe: Recipe, student: nn.Module) -> Pair:
     kind = TASKS[recipe.data.task]
     train, eval = kind.read(recipe.data)
     task = kind.of_model(student, recipe.data, eval)
-    teacher = _teacher(folder, recipe, task)
+    teacher = load_teacher(folder, recipe, task)
     processor = kind.load_processor(str(folder), student.config)
     limit = task.limit(recipe.data, [student, teacher], processor)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     return Pair(
         student=student.eval().to(device),
-        teacher=teacher.eval().to(device),
+        teacher=teacher.to(device),
         task=task,
         processor=processor,
         train=train,
@@ -71,15 +70,3 @@ def load_pair(folder: Path, recipe: Recipe, student: nn.Module) -> Pair:
         data=encode_for(teacher, task, eval, processor, limit),
         limit=limit,
     )
-
-
-def _teacher(folder: Path, recipe: Recipe, task: Task) -> nn.Module:
-    own = folder / TEACHER
-    name = str(own) if own.is_dir() else recipe.model.teacher or recipe.model.name_or_path
-    config = load_config(name, "the teacher")
-    if not task.head.on(config):
-        raise ArtefactError(
-            f"the teacher of {folder} is gone: {name!r} has no {task.head.name}; keep the folder "
-            f"{own}."
-        )
-    return load_model(name, config, task, "the teacher")

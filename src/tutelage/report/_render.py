@@ -11,8 +11,8 @@ from ._page import Page
 
 __all__ = ["GENERATOR", "render"]
 
-GENERATOR = "tutelage report"
-"""By this name in its head a file is known for a report."""
+GENERATOR = '<meta name="generator" content="tutelage report">'
+"""By this tag in its head a file is known for a report."""
 
 
 def render(page: Page, footer: str) -> str:
@@ -32,4 +32,6 @@ def render(page: Page, footer: str) -> str:
     )
     style = files("tutelage.report").joinpath("templates/report.css").read_text(encoding="utf-8")
     template = environment.get_template("page.html")
-    return template.render(page=page, style=Markup(style), generator=GENERATOR, footer=footer)
+    return template.render(
+        page=page, style=Markup(style), generator=Markup(GENERATOR), footer=footer
+    )

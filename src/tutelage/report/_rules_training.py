@@ -32,7 +32,7 @@ def no_log(facts: Facts) -> Iterator[Finding]:
 
 def falling(facts: Facts) -> Iterator[Finding]:
     """The loss was still going down at the end."""
-    fall = None if facts.log is None else still_falling(facts.log)
+    fall = None if facts.log is None else still_falling(facts.log, after=facts.ramp_steps)
     if fall is not None:
         yield Finding(
             "falling",
@@ -42,7 +42,7 @@ def falling(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def still_falling(log: TrainingLog) -> float | None:
+def still_falling(log: TrainingLog, *, after: float = 0.0) -> float | None:
     """Returns the relative fall of the loss over the end of the part without intervention.
 
     The mean over the last quarter is compared with that over the quarter before; a fall counts
@@ -50,11 +50,12 @@ def still_falling(log: TrainingLog) -> float | None:
 
     Args:
         log: The log.
+        after: Entries that begin before this step do not count.
 
     Returns:
         The fall, ``None`` where there is none to speak of.
     """
-    plain = [e.loss for e in log.logged if set(e.stages) <= {"none"}]
+    plain = [e.loss for e in log.logged if e.since >= after and set(e.stages) <= {"none"}]
     size = len(plain) // _PARTS
     if size < 2:
         return None
@@ -69,7 +70,7 @@ def still_falling(log: TrainingLog) -> float | None:
 
 def jumped(facts: Facts) -> Iterator[Finding]:
     """The loss jumped up within a stage."""
-    found = None if facts.log is None else jump(facts.log)
+    found = None if facts.log is None else jump(facts.log, after=facts.ramp_steps)
     if found is not None:
         entry, factor, rate = found
         at = "" if rate is None else f" at the learning rate {rate:.2g}"
@@ -81,20 +82,22 @@ def jumped(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def jump(log: TrainingLog) -> tuple[Logged, float, float | None] | None:
+def jump(log: TrainingLog, *, after: float = 0.0) -> tuple[Logged, float, float | None] | None:
     """Returns the entry at which the loss rose most, where it rose by half or more.
 
     An entry is compared with the median of the three before it in the same stage.
 
     Args:
         log: The log.
+        after: Entries that begin before this step do not count.
 
     Returns:
         The entry, how many times the median its loss is, and the larger learning rate of that
         entry and the one before; ``None`` where the loss did not jump.
     """
     worst: tuple[Logged, float, float | None] | None = None
-    for _, group in itertools.groupby(log.logged, lambda e: sorted(e.stages)):
+    counted = (e for e in log.logged if e.since >= after)
+    for _, group in itertools.groupby(counted, lambda e: sorted(e.stages)):
         entries = list(group)
         for index in range(_BEFORE, len(entries)):
             some = entries[index - _BEFORE : index]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from .._machine import machine
+from .._threads import threads
 from ..artefacts import load
 from ..bench._cases import default_cases, make_inputs
 from ..bench._timing import Ratio, paired_rounds, ratio
@@ -20,7 +20,7 @@ from ..bench._torch import TorchRunner
 from ..errors import UnsupportedModelError
 from ..nn import fuse
 
-__all__ = ["QuickCase", "QuickSpeed", "quick_speed", "threads"]
+__all__ = ["QuickCase", "QuickSpeed", "quick_speed"]
 
 _ROUNDS = 5
 _PAUSE = 0.02
@@ -57,22 +57,6 @@ class QuickSpeed:
     threads: int
     rounds: int
     machine: str
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Uses so many CPU threads inside the context.
-
-    Args:
-        count: Their number; ``None`` leaves it.
-    """
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def quick_speed(folder: Path, teacher: nn.Module) -> QuickSpeed:

@@ -11,12 +11,14 @@ from typing import Any
 from ..bench import BenchResult, EngineFigures, Speed
 from ..errors import ArtefactError
 
-__all__ = ["Analysis", "data_uri", "read_analyses", "read_bench", "read_json"]
+__all__ = ["PNG", "Analysis", "data_uri", "read_analyses", "read_bench", "read_json"]
 
 BENCH_FILE = "bench.json"
 ANALYSIS = "analysis"
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+PNG = b"\x89PNG\r\n\x1a\n"
+"""How a PNG file begins."""
+
 _FIRST = ("blocks", "activations", "stages", "sharpness", "surface", "oscillation", "latents")
 """Names in the order of the page; others follow, sorted."""
 
@@ -126,7 +128,7 @@ def _png(file: Path, remedy: str) -> bytes | None:
     if not file.is_file():
         return None
     content = file.read_bytes()
-    if not content.startswith(_PNG):
+    if not content.startswith(PNG):
         raise ArtefactError(f"{file} is no PNG image; {remedy}.")
     return content
 

@@ -14,14 +14,13 @@ from ._format import count, named, percent, shown, significant
 from ._lines import Line, line_chart
 from ._page import Block, Card, Cell, Chart, Page, Picture, Pre, Section, Table, Text
 from ._points import interval_chart
-from ._stored import data_uri, read_json
+from ._stored import PNG, data_uri, read_json
 from ._study_rules import StudyFacts, study_findings
 
 __all__ = ["STUDY_FILE", "gather_study", "study_page"]
 
 STUDY_FILE = "study.yaml"
 _SUMMARY, _PLOTS = "summary.json", "plots"
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 Place = tuple[str, str, int]
 
@@ -56,7 +55,7 @@ def _plots(folder: Path, summary: Summary) -> dict[str, bytes]:
     for file in sorted((folder / _PLOTS).glob("*.png")):
         if file.stem not in drawn:
             found[file.stem] = file.read_bytes()
-            if not found[file.stem].startswith(_PNG):
+            if not found[file.stem].startswith(PNG):
                 raise StudyError(f"{file} is no PNG image; remove it.")
     return found
 

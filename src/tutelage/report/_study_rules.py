@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..study import Study, Summary
+from ..study import Study, Summary, Variant
 from ._format import count, percent
 from ._page import Finding
 
@@ -78,21 +78,51 @@ def no_figures(facts: StudyFacts) -> Iterator[Finding]:
 
 
 def at_edge(facts: StudyFacts) -> Iterator[Finding]:
-    """The best rate is an end of the grid."""
+    """The best rate is an end of those that a method was run at."""
     found = [c.best for c in facts.summary.comparisons if c.at_edge]
     if found:
-        rates = [r for r in facts.study.learning_rates if r is not None]
-        low, high = min(rates), max(rates)
-        ends = {low / 3 if b.learning_rate == low else high * 3 for b in found}
+        further, missing = set[float](), dict[str, None]()
+        for best in found:
+            listed, beyond = _beyond(facts, best)
+            if listed:
+                rates = ", ".join(_rate(r) for r in listed)
+                missing[f"{best.method} ({best.task}, {best.scheme}) at {rates}"] = None
+            else:
+                further.add(beyond)
+        remedies = []
+        if missing:
+            remedies.append(
+                "Run tutelage compare again, which goes on with what is missing: "
+                f"{', '.join(missing)}."
+            )
+        if further:
+            remedies.append(
+                f"Add {' and '.join(_rate(e) for e in sorted(further))} to learning_rates; runs "
+                "that are known are not repeated."
+            )
         names = ", ".join(dict.fromkeys(f"{b.method} ({_rate(b.learning_rate)})" for b in found))
         yield Finding(
             "at_edge",
-            f"The best learning rate is an end of the grid for {names}: the best may lie beyond, "
-            "and the comparison may be unfair to these methods.",
-            f"Add {' and '.join(_rate(e) for e in sorted(ends))} to learning_rates; runs that are "
-            "known are not repeated.",
+            f"The best learning rate is an end of those that were run for {names}: the best may "
+            "lie beyond, and the comparison may be unfair to these methods.",
+            " ".join(remedies),
             serious=True,
         )
+
+
+def _beyond(facts: StudyFacts, best: Variant) -> tuple[list[float], float]:
+    """Returns the rates of the study beyond the best one of a method, and one further out."""
+    place = (best.task, best.scheme, best.steps, best.method)
+    own = [
+        v.learning_rate
+        for v in facts.summary.variants
+        if (v.task, v.scheme, v.steps, v.method) == place and v.learning_rate is not None
+    ]
+    asked = sorted(r for r in facts.study.learning_rates if r is not None)
+    low, high = min(own), max(own)
+    if best.learning_rate == low:
+        return [r for r in asked if r < low], low / 3
+    return [r for r in asked if r > high], high * 3
 
 
 def one_rate(facts: StudyFacts) -> Iterator[Finding]:

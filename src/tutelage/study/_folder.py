@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from ..train._models import encode_for, load_config, load_model
 from ..train._output import RECIPE_FILE, TEACHER
 from ..train._plan import make_losses
 from ..train.recipe import Recipe, load_recipe
-from ..train.tasks import TASKS, TaskDataset
+from ..train.tasks import TASKS, Task, TaskDataset
 
-__all__ = ["RunFolder", "equal_codes", "spaced"]
+__all__ = ["RunFolder", "equal_codes", "load_teacher", "spaced"]
 
 
 class RunFolder:
@@ -51,7 +50,7 @@ class RunFolder:
         kind = TASKS[self.recipe.data.task]
         self._read = kind.read(self.recipe.data)
         self.task = kind.of_model(self.student, self.recipe.data, self._read[1])
-        self.teacher = _teacher(path, self.recipe, self.task)
+        self.teacher = load_teacher(path, self.recipe, self.task)
         self.processor = kind.load_processor(str(path), self.student.config)
         self._limit = self.task.limit(self.recipe.data, [self.student], self.processor)
 
@@ -148,7 +147,17 @@ def _recipe(folder: Path) -> Recipe:
     return load_recipe(file)
 
 
-def _teacher(folder: Path, recipe: Recipe, task: Any) -> nn.Module:
+def load_teacher(folder: Path, recipe: Recipe, task: Task) -> nn.Module:
+    """Loads the model that taught a run's student, in eval mode.
+
+    Args:
+        folder: Written by ``tutelage train``.
+        recipe: Its recipe.
+        task: Its task.
+
+    Raises:
+        ArtefactError: The teacher is gone.
+    """
     own = folder / TEACHER
     name = str(own) if own.is_dir() else recipe.model.teacher or recipe.model.name_or_path
     config = load_config(name, "the teacher")

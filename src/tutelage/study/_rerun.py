@@ -14,13 +14,13 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback
 
+from .._threads import threads
 from ..train._phases import obtain_teacher, train_student
 from ..train._plan import make_plan
 from ..train._result import read_result
 from ._folder import RunFolder, equal_codes
 from ._latents import LatentWeights, latent_weights
 from ._oscillation import LayerFlips, OscillationWatcher
-from ._worker import threads
 
 __all__ = ["Retrained", "retrain"]
 

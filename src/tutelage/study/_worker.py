@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers import TrainerCallback
 
 from .._machine import processor_name
 from .._prepare import prepare
+from .._threads import threads
 from ..errors import NonFiniteLossError, StudyError
 from ..train._phases import obtain_teacher, train_student
 from ..train._plan import Plan, make_losses, make_plan, make_schedule, make_scheme
@@ -29,7 +29,7 @@ from ._evaluation import Curve, Evaluator
 from ._grid import Cell, evaluation_steps
 from ._records import Point, Record
 
-__all__ = ["Task", "machine", "make_teacher", "run_cell", "task_of", "threads", "train_cell"]
+__all__ = ["Task", "machine", "make_teacher", "run_cell", "task_of", "train_cell"]
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,6 @@ def _task(recipe: Recipe) -> Task:
 
 def _device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Uses so many CPU threads inside the context.
-
-    Args:
-        count: Their number.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_teacher(recipe: Recipe, count: int) -> None:

@@ -90,7 +90,11 @@ class TrainingLog(_Record):
 
 
 class LogPoints(TrainerCallback):
-    """Asks for an entry where a stage ends and at the last step, so that none spans two stages.
+    """Asks for an entry where a stage ends, where a checkpoint is due and at the last step.
+
+    So none spans two stages, and the sums that a checkpoint does not hold are empty when it is
+    written: the log of a resumed run is that of an uninterrupted one. It is to be told of a step
+    after what asks for other checkpoints than those of ``save_steps``.
 
     Args:
         schedule: When the teacher intervenes; one that draws its stages is not followed.
@@ -103,8 +107,15 @@ class LogPoints(TrainerCallback):
         """Asks for an entry."""
         step, stage = state.global_step, self._schedule
         drawn = stage.kind == "stochastic" and step < stage.steps
-        if step == state.max_steps or (not drawn and stage(step) != stage(step - 1)):
+        ends = step == state.max_steps or (not drawn and stage(step) != stage(step - 1))
+        if ends or control.should_save or _saves(args, state):
             control.should_log = True
+
+
+def _saves(args: Any, state: Any) -> bool:
+    """Returns whether a checkpoint follows the step, even if nothing has asked for it yet."""
+    every = state.save_steps
+    return bool(args.save_strategy == "steps" and every > 0 and state.global_step % every == 0)
 
 
 def log_every(steps: int) -> int:

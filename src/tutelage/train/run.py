@@ -16,6 +16,7 @@ from torch import nn
 from .._machine import machine
 from .._prepare import prepared
 from .._summary import summary
+from .._threads import threads
 from ..artefacts import load, save, weight_bytes, write_text
 from ..artefacts._card import model_card
 from ._inference import Measured, measure
@@ -70,7 +71,7 @@ def run_recipe(
         return done
     from transformers import set_seed
 
-    with _threads(recipe.threads):
+    with threads(recipe.threads):
         set_seed(recipe.seed)
         plan = make_plan(recipe, report)
         with writing(folder):
@@ -179,14 +180,3 @@ def _clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     seconds[phase] = round(time.monotonic() - start, 1)
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
