@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -77,14 +79,17 @@ def test_figures_are_those_of_a_loop_over_real_tokens() -> None:
                 assert found[site].levels == 15
                 assert found[site].zeros == pytest.approx(codes.count(0) / len(codes), abs=2e-3)
                 assert found[site].used == len(set(codes)) / 15
-    maps = [
-        recorded(teacher, batch)["attention_map"][row, :, token]
-        for batch in given
-        for row, token in batch["attention_mask"].nonzero().tolist()
-    ]
-    assert found["attention_map"].teacher.largest == pytest.approx(
-        max(float(m.max()) for m in maps)
-    )
+    maps = []
+    for batch in given:
+        attention_map, mask = recorded(teacher, batch)["attention_map"], batch["attention_mask"]
+        for row, token in mask.nonzero().tolist():
+            for head in range(attention_map.shape[1]):
+                numbers = attention_map[row, head, token].tolist()
+                maps += [n for n, real in zip(numbers, mask[row].tolist(), strict=True) if real]
+    range_ = found["attention_map"].teacher
+    assert range_.largest == pytest.approx(max(maps))
+    exact = np.quantile(maps, 0.999, method="inverted_cdf")
+    assert range_.percentile == pytest.approx(exact, rel=0.005)
     assert not hooks_of(student)
     assert not hooks_of(teacher)
 
@@ -126,6 +131,73 @@ def test_codes_inside_attention_are_those_that_are_multiplied() -> None:
         assert found[name].used == len(codes.unique()) / found[name].levels
         assert found[name].student.largest == pytest.approx(float(values.abs().max()))
     assert found["attention_map"].levels == 256
+
+
+class Maps:
+    """Keeps the values and the attention map of one call."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: object) -> None:
+        self.seen["value"] = value
+
+    def scores(self, scores: Tensor) -> None: ...
+
+    def attention_map(self, attention_map: Tensor) -> Tensor:
+        self.seen["attention_map"] = attention_map
+        return attention_map
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "attention"),
+    [
+        ("bert", "bert.encoder.layer.0", "attention.self"),
+        ("llama", "model.layers.0", "self_attn"),
+        ("gpt2", "transformer.h.0", "attn"),
+    ],
+)
+def test_attention_maps_count_real_queries_and_the_keys_that_they_see(
+    family: str, block: str, attention: str
+) -> None:
+    teacher, student = make_model(family).eval(), make_any_student(family).eval()
+    batch, causal = make_inputs(family), family != "bert"
+    real = batch["attention_mask"].bool()
+    assert not bool(real.all())
+    found = {
+        entry.site: entry
+        for entry in activation_ranges(student, teacher, [batch])
+        if entry.block == block
+    }["attention_map"]
+    for model, which in ((student, "student"), (teacher, "teacher")):
+        module, maps = model.get_submodule(f"{block}.{attention}"), Maps()
+        with (
+            torch.no_grad(),
+            tutelage.nn.use_attention(model),
+            tutelage.nn.probe_of(module, maps),
+        ):
+            model(**batch)
+        x, codes = maps.seen["attention_map"], torch.zeros(0)
+        if which == "student":
+            quantizer = module.attention_quantizer
+            scale = quantizer.value.quantize(maps.seen["value"]).scale.transpose(-1, -2)
+            x = x * scale.repeat_interleave(x.shape[1] // scale.shape[1], dim=1)
+            codes = quantizer.attention_map.quantize(x).codes
+        values, kept = [], []
+        rows, heads, queries, keys = x.shape
+        for row, head, query, key in itertools.product(*map(range, (rows, heads, queries, keys))):
+            hidden = causal and key > query
+            if real[row, query] and real[row, key] and not hidden:
+                values.append(float(x[row, head, query, key]))
+                if which == "student":
+                    kept.append(float(codes[row, head, query, key]))
+        range_ = getattr(found, which)
+        assert range_.largest == pytest.approx(max(values))
+        exact = np.quantile(values, 0.999, method="inverted_cdf")
+        assert range_.percentile == pytest.approx(exact, rel=0.005)
+        if which == "student":
+            assert found.zeros == pytest.approx(kept.count(0.0) / len(kept))
+            assert found.used == len(set(kept)) / found.levels
 
 
 @pytest.mark.parametrize("family", ["distilbert", "gpt2", "vit", "llama", "t5", "albert"])

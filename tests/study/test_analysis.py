@@ -171,6 +171,17 @@ def test_the_trained_again_student_is_the_packed_one(done: Path) -> None:
         torch.testing.assert_close(made(**batch).logits, packed, atol=1e-4, rtol=1e-4)
 
 
+def test_a_trainable_student_has_the_scheme_of_the_recipe(done: Path) -> None:
+    run = RunFolder(done)
+    values = run.recipe.model_dump()
+    values["student"] |= {"learned_scales": True, "quantize_attention": False}
+    run.recipe = recipe_from_dict(values)
+    made = run.trainable()
+    names = [name for name, _ in made.named_parameters()]
+    assert any(name.endswith("log_gain") for name in names)
+    assert not any("attention_quantizer" in name for name, _ in made.named_modules())
+
+
 def test_sharpness_of_the_packed_student_is_that_of_the_trained_one(done: Path) -> None:
     packed, trained = (
         analyze(done, only=["sharpness"], samples=3, retrain=again).data["sharpness"]

@@ -30,10 +30,32 @@ def test_eigenvalues_of_a_quadratic_with_their_signs() -> None:
     assert all(f.converged and f.residual < 1e-4 for f in found)
 
 
-def test_equal_magnitudes_of_opposite_sign_show_in_the_residual() -> None:
-    matrix = symmetric([4.0, -4.0, 1.0])
-    (found,) = top_eigenvalues(lambda v: matrix @ v, matrix[0], iterations=50)
-    assert found.residual > 0.01
+@pytest.mark.parametrize(
+    "values", [[1.0, -1.0, 0.1], [1.0, -0.99, 0.1], [1.0, -0.95, 0.5, 0.2], [-4.0, 3.9, 1.0]]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_of_opposite_sign_are_told_apart(values: list[float], dtype: torch.dtype) -> None:
+    diagonal = torch.tensor(values, dtype=dtype)
+    for seed in range(20):
+        (found,) = top_eigenvalues(
+            lambda v: diagonal * v, diagonal, iterations=30, tolerance=1e-2, seed=seed
+        )
+        assert found.converged
+        assert found.residual <= 0.1
+        near = min(abs(found.value - value) for value in values)
+        assert near <= 0.02 * abs(values[0])
+        assert abs(found.value) >= 0.93 * abs(values[0])
+    found = top_eigenvalues(lambda v: diagonal * v, diagonal, 2, iterations=500, tolerance=1e-6)
+    exact = sorted(values, key=abs, reverse=True)[:2]
+    assert sorted(f.value for f in found) == pytest.approx(sorted(exact), rel=1e-3)
+
+
+def test_a_large_residual_is_not_converged_though_the_quotient_rests() -> None:
+    # Of many neighbours the quotient changes little long before a vector settles.
+    diagonal = torch.linspace(-1.0, 0.99, 200, dtype=torch.float64)
+    (found,) = top_eigenvalues(lambda v: diagonal * v, diagonal, iterations=6, tolerance=0.1)
+    assert found.residual > 0.1
+    assert not found.converged
 
 
 def test_zero_and_small_matrices() -> None:

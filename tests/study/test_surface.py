@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import differing, inputs_of, make_batch, pair, weights_of
+from helpers import differing, inputs_of, make_batch, pair, tiny, weights_of
+from tutelage import Scheme, prepare
 from tutelage.distill import Distiller
 from tutelage.errors import StudyError
 from tutelage.study._surface import filter_normalised, loss_surface
@@ -74,6 +75,27 @@ def test_a_student_is_quantized_anew_and_comes_back() -> None:
             weight.sub_(one).add_(two)
     expected = float(Distiller(moved, teacher).step(batch).loss.detach())
     assert found.losses[0][2] == pytest.approx(expected, rel=1e-5)
+
+
+def test_learned_gains_of_scales_stay() -> None:
+    teacher = tiny("bert", dropout=0.0).eval()
+    scheme = Scheme.preset("binary-a8").with_learned_scales()
+    student = prepare(copy.deepcopy(teacher), scheme).requires_grad_(True).eval()
+    gains = {n: p for n, p in student.named_parameters() if n.endswith("log_gain")}
+    assert gains
+    with torch.no_grad():
+        for gain in gains.values():
+            gain.fill_(0.25)
+    plain = prepare(copy.deepcopy(teacher), Scheme.preset("binary-a8"))
+    seen = []
+
+    def loss() -> float:
+        seen.append(all(bool((gain == 0.25).all()) for gain in gains.values()))
+        return 0.0
+
+    found = loss_surface(student, loss, points=3, reach=1.0)
+    assert seen == [True] * 9
+    assert found.parameters == sum(p.numel() for p in plain.parameters() if p.dim() > 1)
 
 
 def test_weights_come_back_after_an_error_and_infinities_are_left_out() -> None:

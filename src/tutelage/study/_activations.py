@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..distill._items import read_inputs
@@ -41,6 +41,8 @@ _TAIL = 0.999
 @dataclass(frozen=True)
 class Range:
     """Magnitudes of an activation over real tokens.
+
+    Of an attention map: over real queries and the keys that each of them may see.
 
     Attributes:
         largest: The largest.
@@ -153,9 +155,9 @@ class _Watch:
     ) -> None:
         quantized = None if quantizer is None else quantizer.quantize(x)
         if quantized is not None:
-            quantized = Quantized(_by_token(quantized.codes, mask), quantized.scale)
+            quantized = Quantized(_counted(quantized.codes, mask), quantized.scale)
         key = (block.attention, site)
-        self.found.setdefault(key, _Seen()).add(_by_token(x, mask), quantized, quantizer)
+        self.found.setdefault(key, _Seen()).add(_counted(x, mask), quantized, quantizer)
 
 
 class _Inside:
@@ -166,6 +168,7 @@ class _Inside:
         self._watch, self._block = watch, block
         self._quantizer = cast("AttentionQuantizer | None", found)
         self._key_scale: Tensor | None = None
+        self._seen: Tensor | None = None
 
     def _of(self, name: str) -> BaseQuantizer | None:
         return None if self._quantizer is None else getattr(self._quantizer, name)
@@ -173,6 +176,7 @@ class _Inside:
     def inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         masks = self._watch.masks
         queries, keys = masks[self._block.query_axis], masks[self._block.key_axis]
+        self._seen = _pairs(query, key, mask, queries, keys)
         self._watch.see(self._block, "query", query, self._of("query"), queries)
         self._watch.see(self._block, "key", key, self._of("key"), keys)
         self._watch.see(self._block, "value", value, self._of("value"), keys)
@@ -186,14 +190,42 @@ class _Inside:
 
     def attention_map(self, attention_map: Tensor) -> Tensor:
         # The student rounds its map with the scales of the values in it.
-        scale, mask = self._key_scale, self._watch.masks[self._block.query_axis]
+        scale = self._key_scale
         x = attention_map if scale is None else attention_map * scale
-        self._watch.see(self._block, "attention_map", x, self._of("attention_map"), mask)
+        self._watch.see(self._block, "attention_map", x, self._of("attention_map"), self._seen)
         return attention_map
 
 
-def _by_token(x: Tensor, mask: Tensor | None) -> Float[Tensor, "tokens features"]:
-    """Returns the real tokens; heads, (batch, heads, tokens, width), become features."""
+def _pairs(
+    query: Tensor, key: Tensor, mask: Tensor | None, queries: Tensor | None, keys: Tensor | None
+) -> Bool[Tensor, "batch heads queries keys"]:
+    """Returns which entries of an attention map count: of real queries, for keys they may see.
+
+    Args:
+        query: (batch, heads, queries, width).
+        key: (batch, heads, keys, width).
+        mask: What is added to the scores; the least number of its precision hides a key.
+        queries: Real queries, (batch, queries), where some are not.
+        keys: The same of the keys.
+    """
+    shape = (*query.shape[:3], key.shape[2])
+    seen = torch.ones(shape, dtype=torch.bool, device=query.device)
+    if mask is not None:
+        seen = seen & (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
+    if queries is not None and queries.shape == (shape[0], shape[2]):
+        seen = seen & queries[:, None, :, None]
+    if keys is not None and keys.shape == (shape[0], shape[3]):
+        seen = seen & keys[:, None, None, :]
+    return seen
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns the real tokens, or the entries of an attention map that a mask of pairs leaves.
+
+    Heads, (batch, heads, tokens, width), become features.
+    """
+    if mask is not None and mask.dim() == 4:
+        return x[mask]
     return _tokens(x.transpose(1, 2).flatten(2) if x.dim() == 4 else x, mask)
 
 

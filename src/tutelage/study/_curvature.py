@@ -14,6 +14,8 @@ from ..errors import NonFiniteLossError, StudyError
 
 __all__ = ["Eigenvalue", "Product", "Trace", "hessian_product", "hutchinson", "top_eigenvalues"]
 
+_SETTLED = 0.1
+
 Product = Callable[[Float[Tensor, " size"]], Float[Tensor, " size"]]
 """From a vector v to H v."""
 
@@ -26,7 +28,9 @@ class Eigenvalue:
         value: Rayleigh quotient v^T H v of the last unit vector v.
         residual: ``|H v - value v| / |value|``: 0 for an exact pair; 0 where the value is 0.
         iterations: Products with the Hessian that were made.
-        converged: Whether the quotient changed by less than the tolerance, relative to itself.
+        converged: Whether the magnitude of the quotient changed by less than the tolerance,
+            relative to itself, and the residual is at most 0.1. An exact eigenvalue lies within
+            ``residual * |value|`` of the value.
     """
 
     value: float
@@ -110,16 +114,18 @@ def top_eigenvalues(
 ) -> tuple[Eigenvalue, ...]:
     """Returns the eigenvalues of largest magnitude, by power iteration with deflation.
 
-    ``v <- H v / |H v|`` from a random v, orthogonal to the vectors found before; the eigenvalue is
-    v^T H v, with its sign. Two eigenvalues of opposite sign and nearly one magnitude do not
-    converge: the residual says so.
+    ``v <- H v / |H v|`` from a random v, orthogonal to the vectors found before. The eigenvalue,
+    with its sign, is that of H in the span of the last two v, the larger in magnitude
+    (Rayleigh-Ritz): their images are known, so that it costs no product. It tells eigenvalues of
+    opposite sign and nearly one magnitude apart, between which v itself never settles.
 
     Args:
         product: Products with a symmetric matrix.
         like: A vector of its length, for dtype and device; its values are not used.
         count: How many, the largest magnitude first.
         iterations: At most so many products for each.
-        tolerance: Relative change of the quotient at which an iteration ends.
+        tolerance: Relative change of the quotient's magnitude at which an iteration ends, where
+            the residual is small too.
         seed: Seed of the first vectors.
 
     Raises:
@@ -134,20 +140,21 @@ def top_eigenvalues(
     found = []
     for _ in range(min(count, like.numel())):
         vector = _unit(torch.randn(like.shape, generator=made).to(like), known)
-        value, converged, used, residual = 0.0, False, 0, 0.0
+        value, converged, used, relative = 0.0, False, 0, 0.0
+        last: tuple[Tensor, Tensor] | None = None
+        best = vector
         for used in range(1, iterations + 1):
             image = _without(product(vector), known)
-            before, value = value, float(torch.dot(vector, image))
-            residual = float((image - value * vector).norm())
-            size = float(image.norm())
-            converged = size == 0.0 or (
-                used > 1 and abs(value - before) <= tolerance * max(abs(value), 1e-30)
-            )
+            best, moved = _ritz(vector, image, last)
+            before, value = value, float(torch.dot(best, moved))
+            relative = float((moved - value * best).norm()) / abs(value) if value else 0.0
+            change = abs(abs(value) - abs(before))
+            settled = used > 1 and change <= tolerance * abs(value) and relative <= _SETTLED
+            converged = settled or not bool(image.any())
             if converged:
                 break
-            vector = _unit(image, known)
-        known.append(vector)
-        relative = residual / abs(value) if value else 0.0
+            last, vector = (vector, image), _unit(image, known)
+        known.append(_unit(best, known))
         found.append(Eigenvalue(value, relative, used, converged))
     return tuple(found)
 
@@ -179,6 +186,34 @@ def hutchinson(
     mean = math.fsum(values) / probes
     spread = math.fsum((value - mean) ** 2 for value in values) / (probes - 1)
     return Trace(mean, math.sqrt(spread / probes), probes)
+
+
+def _ritz(
+    vector: Tensor, image: Tensor, last: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the Ritz vector of larger magnitude in the span of two unit vectors, and its image.
+
+    Args:
+        vector: The newer vector.
+        image: H times it.
+        last: The older vector and its image.
+    """
+    if last is None:
+        return vector, image
+    older, shifted = last
+    along = torch.dot(vector, older)
+    rest = vector - along * older
+    length = rest.norm()
+    if float(length) <= math.sqrt(torch.finfo(vector.dtype).eps):
+        return vector, image  # the vectors are one, up to rounding
+    basis = torch.stack([older, rest / length])
+    images = torch.stack([shifted, (image - along * shifted) / length])
+    small = (basis @ images.t()).double().cpu()
+    values, vectors = torch.linalg.eigh((small + small.t()) / 2)
+    weights = vectors[:, int(values.abs().argmax())].to(vector)
+    best, moved = weights @ basis, weights @ images
+    size = best.norm()
+    return best / size, moved / size
 
 
 def _without(vector: Tensor, known: Sequence[Tensor]) -> Tensor:

@@ -113,7 +113,8 @@ def _activations(subject: Subject) -> Entry:
         "quantized; where the largest is far above the 99.9th percentile, one scale leaves few "
         "levels for the rest. The student's attention map holds the scales of the values where "
         "those have one each. Below: the share of the student's codes that are zero, and the share "
-        "of the grid's codes that occur at all. Real tokens of evaluation examples.",
+        "of the grid's codes that occur at all. Real tokens of evaluation examples; of attention "
+        "maps, the entries that the mask leaves open.",
         {"examples": _count(data), "ranges": [entry.to_dict() for entry in found]},
         draw_activations,
     )
@@ -156,7 +157,8 @@ def _sharpness(subject: Subject) -> Entry:
         "training example at a time, with sign; the dashed line is that of their mean loss. Bars "
         "far to the right mean that a small step changes the gradient much. Derivatives pass every "
         "rounding through the gradient estimator (the Hessian of the gradient that trains, taken "
-        "over all weights but embedding tables). Iterations that had not settled: "
+        "over all weights but embedding tables). Iterations that had not settled (still changing, "
+        "or with a residual above a tenth of the eigenvalue): "
         f"{found.unconverged} of {len(single)}. {subject.origin()}",
         {"examples": len(single), **found.to_dict()},
         draw_sharpness,

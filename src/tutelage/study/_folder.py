@@ -13,10 +13,9 @@ from ..artefacts import load
 from ..distill import Distiller
 from ..errors import ArtefactError, StudyError
 from ..exporters._layers import quantized_layers, twin
-from ..scheme import Scheme
 from ..train._models import encode_for, load_config, load_model
 from ..train._output import RECIPE_FILE, TEACHER
-from ..train._plan import make_losses
+from ..train._plan import make_losses, make_scheme
 from ..train.recipe import Recipe, load_recipe
 from ..train.tasks import TASKS, Task, TaskDataset
 
@@ -90,9 +89,7 @@ class RunFolder:
         Raises:
             StudyError: They round them to something else.
         """
-        scheme = Scheme.preset(self.recipe.student.scheme)
-        if not self.recipe.student.quantize_attention:
-            scheme = scheme.without_attention()
+        scheme = make_scheme(self.recipe.student)
         made = prepare(twin(self.student), scheme).requires_grad_(True).eval()
         if equal_codes(made, self.student) < 1.0:
             raise StudyError(

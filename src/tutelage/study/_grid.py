@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..scheme import Scheme
+from ..train._plan import make_scheme
 from ..train.recipe import Recipe, recipe_from_dict
 from ._sections import Study, merged
 
@@ -115,7 +116,7 @@ def _digest(value: object) -> str:
 def _key(recipe: Recipe, steps: int, points: int, contents: list[str]) -> str:
     plain = recipe.model_dump(exclude={"output", "threads"})
     if not steps:
-        plain["student"] = {"scheme": recipe.student.scheme}
+        plain["student"] = make_scheme(recipe.student).model_dump(mode="json")
         plain["schedule"], plain["seed"] = None, None
     return _digest([plain, steps, points, contents])[:20]
 

@@ -24,7 +24,8 @@ class Sharpness:
     Attributes:
         per_sample: The eigenvalues of largest magnitude of every sample's own loss, with sign,
             the largest magnitude first.
-        unconverged: How many of those had not settled when the iterations ended.
+        unconverged: How many of those had not settled when the iterations ended: they still
+            changed, or H v was not yet nearly a multiple of v (see ``Eigenvalue``).
         batch: The same of the loss of all samples together.
         trace: Trace of the Hessian of the loss of all samples together.
         parameters: Size of the Hessian.
@@ -83,7 +84,8 @@ def sharpness(
         count: Eigenvalues of each.
         probes: Random vectors for the trace.
         iterations: At most so many products with the Hessian for an eigenvalue.
-        tolerance: Relative change of an eigenvalue at which its iteration ends.
+        tolerance: Relative change of an eigenvalue at which its iteration ends, where its relative
+            residual is at most 0.1.
         seed: Seed of the random vectors.
 
     Raises:

@@ -69,8 +69,8 @@ def loss_surface(
     """Measures a loss where all matrices of a model move along two filter-normalised directions.
 
     Latent weights move; a student is quantized anew at every point, so that its codes and scales
-    change with them. Vectors (biases, norms) stay, as in Li et al. (arXiv 1712.09913). All weights
-    are put back, bit for bit.
+    change with them. Vectors (biases, norms) stay, as in Li et al. (arXiv 1712.09913), and so do
+    learned gains of scales. All weights are put back, bit for bit.
 
     Args:
         model: A student, or a plain model.
@@ -87,7 +87,9 @@ def loss_surface(
             f"a surface of {points} points over {reach:g}; use an odd number of points from 3 on, "
             "and a positive reach."
         )
-    weights = [p for p in model.parameters() if p.dim() > 1]
+    weights = [
+        p for name, p in model.named_parameters() if p.dim() > 1 and "_quantizer." not in name
+    ]
     own = [weight.detach().clone() for weight in weights]
     made = torch.Generator().manual_seed(seed)
     first, second = (filter_normalised(weights, made) for _ in range(2))
