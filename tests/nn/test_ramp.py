@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tutelage
 from helpers import make_batch, pair
-from tutelage.nn import QuantEmbedding, QuantLinear, ramped
+from tutelage.nn import QuantEmbedding, QuantLinear, ramp_gate, ramped
 from tutelage.nn._gate import GATE
 from tutelage.quantizers import TernaryQuantizer, UniformQuantizer
 
@@ -123,3 +123,18 @@ def test_a_step_at_full_precision_has_no_loss(stage: str) -> None:
     grads = [p.grad for p in student.parameters() if p.grad is not None]
     assert grads
     assert all(bool(g.isfinite().all()) for g in grads)
+
+
+def test_an_inner_ramp_gives_the_outer_one_back() -> None:
+    student, _ = pair("bert", "binary-a8")
+    assert ramp_gate(student) is None
+    outer, inner = gate(0.25), gate(0.75)
+    with ramped(student, outer):
+        with ramped(student, inner):
+            assert ramp_gate(student) is inner
+        assert ramp_gate(student) is outer
+        assert all(
+            m.__dict__[GATE] is outer for m in student.modules() if isinstance(m, QuantLinear)
+        )
+    assert ramp_gate(student) is None
+    assert not any(GATE in module.__dict__ for module in student.modules())
