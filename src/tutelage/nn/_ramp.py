@@ -28,7 +28,7 @@ def ramped(student: nn.Module, gate: Float[Tensor, ""]) -> Iterator[None]:
         student: A prepared model.
         gate: From 0 to 1, on the student's device.
     """
-    modules = _blended(student)
+    modules = list(_blended(student))
     before = ramp_gate(student)
     try:
         _set(modules, gate)
@@ -43,11 +43,12 @@ def ramp_gate(student: nn.Module) -> Float[Tensor, ""] | None:
     Args:
         student: A prepared model.
     """
+    # All have the same gate, and every recorded step asks: the first answers for all.
     return next((gate_of(module) for module in _blended(student)), None)
 
 
-def _blended(student: nn.Module) -> list[nn.Module]:
-    return [m for m in student.modules() if isinstance(m, QuantWeight | AttentionQuantizer)]
+def _blended(student: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in student.modules() if isinstance(m, QuantWeight | AttentionQuantizer))
 
 
 def _set(modules: list[nn.Module], gate: Tensor | None) -> None:
