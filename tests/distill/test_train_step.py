@@ -111,6 +111,7 @@ def _assert_equal_gradients(found: dict[str, Any], expected: dict[str, Any]) -> 
 
 _PARTS = (slice(0, 1), slice(1, 4), slice(4, 6))
 _ALL = ENCODER_TERMS
+_RELATIVE = tuple(name for name in ENCODER_TERMS if name.startswith("relative_"))
 
 
 def _micro_batches(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -131,7 +132,7 @@ def test_micro_batches_of_unequal_length_add_up(kind: str, stage: str) -> None:
     chosen = {
         "default": losses.default(),
         "code": losses.default(local="code"),
-        "all": Losses.of(dict.fromkeys(_ALL, 0.7)),
+        "all": Losses.of(dict.fromkeys(sorted({*_ALL} - {*_RELATIVE}), 0.7)),
     }[kind]
     student.train()
     train_step = TrainStep(Distiller(student, teacher, chosen), None)
@@ -151,6 +152,24 @@ def test_micro_batches_of_unequal_length_add_up(kind: str, stage: str) -> None:
         train_step.accumulate(part, stage, backward=lambda loss: (loss / len(parts)).backward())
     with pytest.raises(AssertionError):
         _assert_equal_gradients(_gradients(student), expected)
+
+
+def test_relative_errors_of_micro_batches_add_up_but_for_their_variances() -> None:
+    student, teacher = pair("bert", dropout=0.0)
+    train_step = TrainStep(Distiller(student, teacher, losses.relative()), None)
+    batch = make_batch(12, 9)
+    batch["attention_mask"][0] = 1
+    whole = train_step.accumulate(batch, "none")
+    parts = [
+        {key: value[rows] for key, value in batch.items()} for rows in (slice(6), slice(6, 12))
+    ]
+    counts = train_step.counts(parts, "none")
+    shares = [train_step.accumulate(part, "none", counts=counts) for part in parts]
+    for name, value in whole.items():
+        tolerance = 0.1 if name in (*_RELATIVE, "loss") else 2e-6
+        torch.testing.assert_close(
+            sum(share[name] for share in shares), value, atol=0, rtol=tolerance
+        )
 
 
 def test_unmasked_micro_batches_count_all_positions() -> None:

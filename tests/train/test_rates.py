@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from helpers import differing, pair, trainer_for, weights_of
-from tutelage.errors import CheckpointError
+from tutelage import QATArguments
+from tutelage.errors import CheckpointError, RecipeError
+from tutelage.intervention import Schedule
 from tutelage.nn import QuantWeight
-from tutelage.train._rates import TYPICAL, rate_factor, scale_rates
+from tutelage.train._rates import TYPICAL, cap_rates, rate_factor, scale_rates
 
 
 @pytest.mark.parametrize("factor", [1e-9, 0.05, 0.3, 1.0, 4.0, 500.0])
@@ -85,3 +88,53 @@ def test_resuming_keeps_the_rates_of_the_start(tmp_path: Path) -> None:
     other = trainer_for(tmp_path / "c", learning_rate=0.01, **settings)
     with pytest.raises(CheckpointError, match="rate_by_magnitude"):
         other.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _rates(rate: float, cap: float) -> list[float]:
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": f * rate} for f in (1.0, 0.3)])
+    cap_rates(optimizer, rate, cap)
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def test_a_rate_above_the_cap_is_lowered_in_all_groups_and_says_so() -> None:
+    with pytest.warns(UserWarning, match=r"0.001 is lowered to 0.0004: .* by 2.5% .* allows 1.0%"):
+        assert _rates(1e-3, 0.01) == pytest.approx([4e-4, 1.2e-4])
+
+
+@pytest.mark.parametrize(("rate", "cap"), [(1e-3, 0.025), (4e-4, 0.01), (1e-5, 0.01)])
+def test_a_rate_up_to_the_cap_stays(rate: float, cap: float) -> None:
+    assert _rates(rate, cap) == [rate, 0.3 * rate]
+
+
+def test_above_the_cap_the_rate_makes_no_difference(tmp_path: Path) -> None:
+    found = []
+    for rate in (0.02, 0.05):
+        trainer = trainer_for(
+            tmp_path,
+            max_steps=3,
+            schedule=Schedule.none(),
+            rate_by_magnitude=True,
+            rate_cap=0.1,
+            learning_rate=rate,
+        )
+        with pytest.warns(UserWarning, match="is lowered to 0.004"):
+            trainer.train()
+        assert max(group["initial_lr"] for group in trainer.optimizer.param_groups) < rate
+        found.append(weights_of(trainer.model))
+    # The rates differ by a rounding.
+    for name, weight in found[0].items():
+        torch.testing.assert_close(weight, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rate_cap": -1.0, "rate_by_magnitude": True}, "rate_cap is -1.0; use a positive number"),
+        ({"rate_cap": 0.1}, "rate_by_magnitude is off; set it, or leave rate_cap out"),
+    ],
+)
+def test_a_cap_that_means_nothing_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        QATArguments(output_dir=str(tmp_path), **settings)

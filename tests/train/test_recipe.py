@@ -38,8 +38,11 @@ def test_defaults() -> None:
     assert recipe.student.scheme == "ternary-a8"
     assert recipe.teacher.learning_rate == 1e-4
     assert recipe.schedule.kind == "gradual"
-    assert recipe.student.learning_rate is None
+    assert (recipe.student.learning_rate, recipe.student.rate_cap) == (4e-4, 0.01)
+    assert (recipe.student.ramp, recipe.student.rate_by_magnitude) == (0.0, True)
     assert recipe.threads is None
+    other = recipe_from_dict(MINIMAL, ["student.scheme=w2-a8"]).student
+    assert (other.learning_rate, other.rate_cap, other.rate_by_magnitude) == (None, 0.0, False)
 
 
 @pytest.mark.parametrize("scheme", ["binary-a8", "binary-a4"])
@@ -48,14 +51,17 @@ def test_defaults_of_binary_weights(scheme: str) -> None:
     recipe = recipe_from_dict(MINIMAL, own)
     assert (recipe.schedule.kind, recipe.schedule_steps) == ("none", 0)
     assert (recipe.student.ramp, recipe.student.rate_by_magnitude) == (0.5, True)
-    assert recipe.student.learning_rate == 1e-3
+    assert (recipe.student.learning_rate, recipe.student.rate_cap) == (1e-3, 0.025)
+    assert recipe.student.losses == "relative"
     assert recipe_from_dict(recipe.model_dump()) == recipe
     said = ["schedule.steps=7", "student.ramp=0", "student.rate_by_magnitude=false"]
     recipe = recipe_from_dict(MINIMAL, [*own, *said, "student.learning_rate=0.01"])
     assert (recipe.schedule.kind, recipe.schedule_steps) == ("gradual", 7)
     assert (recipe.student.ramp, recipe.student.rate_by_magnitude) == (0.0, False)
-    assert recipe.student.learning_rate == 0.01
+    assert (recipe.student.learning_rate, recipe.student.rate_cap) == (0.01, 0.0)
     assert recipe_from_dict(MINIMAL, [*own, "student.learning_rate=null"]).student.ramp == 0.5
+    free = recipe_from_dict(MINIMAL, [*own, "student.rate_cap=0"]).student
+    assert (free.rate_cap, free.rate_by_magnitude) == (0.0, True)
 
 
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)

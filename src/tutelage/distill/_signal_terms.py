@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,19 @@ from ..sites import Site
 from ._context import BatchItems, LossValue, StepContext
 from ._terms import floats, squared_error
 
-__all__ = ["AttentionMapKL", "AttentionScores", "SignalMSE"]
+__all__ = ["AttentionMapKL", "AttentionScores", "Relative", "SignalMSE"]
+
+Relative = Literal["channel", "layer"]
+"""What the error of a signal is relative to."""
+
+_FLOOR = 0.01
+"""Share of the mean variance that every channel's has at least: none counts more than 100 times."""
+
+_MEAN_FLOOR = 1e-4
+"""The same of the mean square, for a signal that is the same at all tokens."""
+
+_LEAST = 1e-8
+"""Variance of a signal that is zero."""
 
 
 def _weighing(
@@ -54,17 +67,54 @@ def _pairs(
     return mask.tril() if causal else mask
 
 
+def _spread(signal: Tensor, mask: Tensor | None, relative: Relative) -> Tensor:
+    """Returns the variance that errors are relative to, (width,) or (1,), above zero.
+
+    Args:
+        signal: The teacher's, (batch, tokens, width).
+        mask: Tokens that count, (batch, tokens); ``None`` for all.
+        relative: Of every channel, or their mean.
+    """
+    flat = signal.reshape(-1, signal.shape[-1])
+    if mask is None:
+        mean, square = flat.mean(0), flat.square().mean()
+        variance = (flat - mean).square().mean(0)
+    else:
+        real = mask.reshape(-1, 1).to(signal.dtype)
+        count = real.sum().clamp(min=1.0)
+        mean, square = (flat * real).sum(0) / count, (flat.square() * real).sum() / count
+        variance = ((flat - mean).square() * real).sum(0) / count
+        square = square / flat.shape[-1]
+    average = variance.mean(0, keepdim=True)
+    least = _FLOOR * average + _MEAN_FLOOR * square
+    spread = variance if relative == "channel" else average
+    return (spread + least).clamp(min=_LEAST)
+
+
 class SignalMSE:
     """Sum over blocks of the mean squared error of one signal of shape (batch, tokens, width).
 
     The mean is over the real tokens of the batch; see ``BatchItems.per_sample`` for the models
     whose signals do not all count the same tokens.
+
+    A relative error is divided by the variance of the teacher's signal over the real tokens of the
+    batch, ``(s - t)^2 / (var_c + 0.01 mean_c var_c)`` for ``relative="channel"``, the mean variance
+    of the channels for ``relative="layer"``. A few channels of a Transformer are far larger than
+    the rest and would make up the whole error; and signals of any magnitude weigh the same in every
+    block. The variance is that of the micro-batch: where a step has several, or several processes,
+    the loss is close to that of one large batch and not the same.
     """
 
     needs_labels = False
 
     def __init__(
-        self, name: str, site: Site, *, masked: bool = True, embeddings: bool = False
+        self,
+        name: str,
+        site: Site,
+        *,
+        masked: bool = True,
+        embeddings: bool = False,
+        relative: Relative | None = None,
     ) -> None:
         """Chooses the signal.
 
@@ -73,10 +123,17 @@ class SignalMSE:
             site: The signal.
             masked: Mean over real tokens only; otherwise over all positions.
             embeddings: Compare the input of the first block as well.
+            relative: Divide by the teacher's variance, of every channel or of the layer.
+
+        Raises:
+            ValueError: ``relative`` is something else.
         """
+        if relative not in (None, "channel", "layer"):
+            raise ValueError(f"relative is {relative!r}; use 'channel', 'layer' or None.")
         self.name = name
         self.site: Site = site
         self.masked = masked
+        self.relative = relative
         self.requires: tuple[Site, ...] = ("embeddings", site) if embeddings else (site,)
 
     def count(self, items: BatchItems) -> Tensor | int:
@@ -92,6 +149,10 @@ class SignalMSE:
         for s, t, mask in zip(own, other, masks, strict=True):
             weight, divisor = _weighing(items, mask if self.masked else None, s.shape[:-1])
             shaped = None if weight is None else weight.to(s.dtype).unsqueeze(-1)
+            if self.relative is not None:
+                counted = mask if self.masked else None
+                inverse = _spread(t.detach().to(s.dtype), counted, self.relative).rsqrt()
+                shaped = inverse if shaped is None else shaped * inverse
             total.append(squared_error(s, t, shaped) / (s.shape[-1] * divisor))
         return LossValue(torch.stack(total).sum(), self.count(items))
 

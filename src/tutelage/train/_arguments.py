@@ -31,6 +31,12 @@ class QATArguments(TrainingArguments):
         rate_by_magnitude: The learning rate of every quantized weight is multiplied by its mean
             magnitude at the start over 0.04, from 0.1 to 10 at the most: codes of small weights
             would change in a few steps where those of large ones hardly do.
+        rate_cap: The learning rate of a quantized weight is at most this part of its mean
+            magnitude; a higher ``learning_rate`` is lowered, with a warning. Needs
+            ``rate_by_magnitude``. 0 for no limit.
+        average: Part of the training, 0 to 1, over whose steps the latent weights are averaged: the
+            last step ends at the mean of the weights after each of the last ``average`` of all
+            steps. Steps with intervention are left out.
         dropout: Train the student with its dropout on, as the published code does. Off by default:
             the teacher's signals carry none, and what dropout adds is noise in every loss term.
     """
@@ -45,6 +51,8 @@ class QATArguments(TrainingArguments):
     qat_optimizer: Literal["adamw", "bert_adam"] = field(default="adamw")
     ramp: float = field(default=0.0)
     rate_by_magnitude: bool = field(default=False)
+    rate_cap: float = field(default=0.0)
+    average: float = field(default=0.0)
     dropout: bool = field(default=False)
 
     def __post_init__(self) -> None:
@@ -53,8 +61,17 @@ class QATArguments(TrainingArguments):
             raise RecipeError(
                 f"qat_optimizer is {self.qat_optimizer!r}; use 'adamw' or 'bert_adam'."
             )
-        if not 0 <= self.ramp <= 1:
-            raise RecipeError(f"ramp is {self.ramp!r}, a part of the training; use 0 to 1.")
+        for name in ("ramp", "average"):
+            if not 0 <= getattr(self, name) <= 1:
+                value = getattr(self, name)
+                raise RecipeError(f"{name} is {value!r}, a part of the training; use 0 to 1.")
+        if not self.rate_cap >= 0:
+            raise RecipeError(f"rate_cap is {self.rate_cap!r}; use a positive number, or 0.")
+        if self.rate_cap and not self.rate_by_magnitude:
+            raise RecipeError(
+                "rate_cap is a part of the magnitude of every weight, and rate_by_magnitude is "
+                "off; set it, or leave rate_cap out."
+            )
         if self.qat_optimizer == "bert_adam":
             self.max_grad_norm = 0.0
         if not torch.cuda.is_available():

@@ -158,6 +158,8 @@ def train_student(
                 qat_optimizer=section.optimizer,
                 dropout=section.dropout,
                 ramp=section.ramp,
+                average=section.average,
+                rate_cap=section.rate_cap,
                 rate_by_magnitude=section.rate_by_magnitude,
                 train_sampling_strategy="group_by_length" if section.group_by_length else "random",
                 save_strategy="steps" if store else "no",

@@ -187,7 +187,12 @@ def make_schedule(recipe: Recipe) -> Schedule:
 def make_losses(section: StudentSection) -> Losses:
     """Returns the losses that a recipe describes."""
     if isinstance(section.losses, str):
-        found = losses.default() if section.losses == "default" else losses.reference()
+        sets = {
+            "default": losses.default,
+            "relative": losses.relative,
+            "reference": losses.reference,
+        }
+        found = sets[section.losses]()
     else:
         found = Losses.of(section.losses)
     return found if section.local is None else found.with_local(section.local)

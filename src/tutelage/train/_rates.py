@@ -1,7 +1,8 @@
-"""Learning rates in proportion to the magnitude of quantized weights."""
+"""Learning rates in proportion to the magnitude of quantized weights, and their largest."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import QuantWeight
 
-__all__ = ["TYPICAL", "rate_factor", "scale_rates"]
+__all__ = ["TYPICAL", "cap_rates", "rate_factor", "scale_rates"]
 
 TYPICAL = 0.04
 """Mean magnitude of a weight for which the learning rate holds as it stands."""
@@ -56,3 +57,29 @@ def scale_rates(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
             made.append({**group, "params": [parameter], "lr": rate})
         group["params"] = rest
     optimizer.param_groups.extend(made)
+
+
+def cap_rates(optimizer: torch.optim.Optimizer, rate: float, cap: float) -> None:
+    """Lowers the learning rates of all groups alike until none moves a weight too far in a step.
+
+    Adam moves a weight by about its learning rate. Codes follow the latent weights, so that what
+    ruins a training is a step that is large against them, whatever the learning rate is as a
+    number. With rates in proportion to magnitudes the share is one for all: rate / 0.04.
+
+    Args:
+        optimizer: Changed in place; its rates are in proportion to ``rate``.
+        rate: The peak learning rate that was asked for.
+        cap: Largest part of the mean magnitude of a weight, such as 0.01.
+    """
+    largest = cap * TYPICAL
+    # A rate written in decimals may exceed the product by a rounding.
+    if rate <= largest * (1 + 1e-9):
+        return
+    warnings.warn(
+        f"the learning rate {rate:g} is lowered to {largest:g}: it would move quantized weights by "
+        f"{rate / TYPICAL:.1%} of their mean magnitude in a step, and rate_cap allows {cap:.1%}; "
+        "set another rate_cap to train faster.",
+        stacklevel=2,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] *= largest / rate

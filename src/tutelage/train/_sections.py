@@ -247,10 +247,11 @@ class StudentSection(Section):
     quantize_attention: Flag = Field(
         default=True, description="quantize the products inside attention, too"
     )
-    losses: Literal["default", "reference"] | dict[str, Rate] = Field(
+    losses: Literal["default", "relative", "reference"] | dict[str, Rate] = Field(
         default="default",
         description="distillation losses: a set's name, or terms with their weights, such as "
-        "{logits: 1}; the term 'labels' is cross-entropy against the data's labels",
+        "{logits: 1}; the term 'labels' is cross-entropy against the data's labels; default: "
+        "default, and relative where weights are binary",
     )
     local: Literal["paper", "code"] | None = Field(
         default=None, description="distillation of a replaced signal; default: the library's"
@@ -262,10 +263,20 @@ class StudentSection(Section):
         description="part of the training that goes from full precision to quantized; default: 0, "
         "and 0.5 where weights are binary",
     )
+    rate_cap: Real = Field(
+        default=0.0,
+        description="largest learning rate of a quantized weight, as a part of its mean magnitude; "
+        "a higher one is lowered, with a warning; 0: no limit; default: 0.01 where weights are "
+        "ternary, 0.025 where they are binary, else 0",
+    )
+    average: Fraction = Field(
+        default=0.0,
+        description="part of the training at its end over which the weights are averaged",
+    )
     rate_by_magnitude: Flag = Field(
         default=False,
         description="learning rate of a quantized weight in proportion to its mean magnitude; "
-        "default: where weights are binary",
+        "default: where weights are ternary or binary",
     )
     learned_scales: Flag = Field(
         default=False, description="train a factor of every weight scale with the weights"
@@ -276,7 +287,8 @@ class StudentSection(Section):
     max_steps: Positive = Field(default=300, description="training steps")
     learning_rate: Rate | None = Field(
         default=None,
-        description="peak learning rate; default: 3e-4, and 1e-3 where weights are binary",
+        description="peak learning rate; default: 4e-4 where weights are ternary, 1e-3 where they "
+        "are binary, else 3e-4",
     )
     batch_size: Positive = Field(default=32, description="examples per step")
     warmup_ratio: Fraction = Field(default=0.1, description="share of the steps for warm-up")

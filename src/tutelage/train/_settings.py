@@ -49,6 +49,8 @@ def run_settings(
         "processes": arguments.world_size,
         "dropout": getattr(arguments, "dropout", True),
         "ramp": getattr(arguments, "ramp", 0.0),
+        "average": getattr(arguments, "average", 0.0),
+        "rate_cap": getattr(arguments, "rate_cap", 0.0),
         "rate_by_magnitude": getattr(arguments, "rate_by_magnitude", False),
         "order": str(arguments.train_sampling_strategy),
         "seed": arguments.seed,

@@ -11,9 +11,10 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..errors import RecipeError
 from ..intervention import Schedule
+from ._average import TailAverage
 from ._lengths import LengthSampler, lengths_of
 from ._optim import BertAdam, reset_state, two_step_multiplier
-from ._rates import scale_rates
+from ._rates import cap_rates, scale_rates
 from ._storing import StoringTrainer
 
 __all__ = ["TwoStepTrainer"]
@@ -62,6 +63,9 @@ class TwoStepTrainer(StoringTrainer):
         self._active_schedule = schedule
         super().__init__(*args, **kwargs)
         self.add_callback(_StepBoundary(self))
+        average = getattr(self.args, "average", 0.0)
+        if average:
+            self.add_callback(TailAverage(self, average))
 
     @property
     def active_schedule(self) -> Schedule:
@@ -88,6 +92,9 @@ class TwoStepTrainer(StoringTrainer):
         optimizer = super().create_optimizer(model)
         if getattr(self.args, "rate_by_magnitude", False):
             scale_rates(optimizer, cast("nn.Module", self.model if model is None else model))
+        cap = getattr(self.args, "rate_cap", 0.0)
+        if cap:
+            cap_rates(optimizer, self.args.learning_rate, cap)
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
