@@ -130,7 +130,12 @@ def test_continues_a_text_with_the_likeliest_tokens(llama: Path, tmp_path: Path)
 
 
 def test_keeps_the_lowest_perplexity(make: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = make("student.eval_steps=1", "student.keep=best", "student.learning_rate=0.3")
+    recipe = make(
+        "student.eval_steps=1",
+        "student.keep=best",
+        "student.learning_rate=0.3",
+        "student.rate_cap=0",
+    )
     result = run_recipe(recipe)
     states = (tmp_path / "out" / "checkpoints").glob("*/trainer_state.json")
     log = max((json.loads(s.read_text())["log_history"] for s in states), key=len)

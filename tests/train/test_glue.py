@@ -21,6 +21,8 @@ from tutelage.distill import losses
 from tutelage.errors import DataError, RecipeError
 from tutelage.train import BertAdam
 from tutelage.train._plan import make_losses, make_schedule
+from tutelage.train._scheme_defaults import with_scheme_defaults
+from tutelage.train._sections import SECTIONS
 from tutelage.train.recipe import Recipe, load_recipe
 from tutelage.train.run import RunResult, read_result, run_recipe
 from tutelage.train.tasks import TASKS
@@ -128,10 +130,9 @@ def test_the_comment_gives_the_defaults_of_this_library() -> None:
     lines = [line.removeprefix("#") for line in text.splitlines() if "student." in line]
     overrides = " ".join(lines).partition("own:")[2].split()
     assert len(overrides) == 7
-    ours, plain = recipe_of("cola", *overrides).student, Recipe.model_fields["student"]
-    differing = {
-        k for k, v in plain.get_default(call_default_factory=True) if v != getattr(ours, k)
-    }
+    ours = recipe_of("cola", *overrides).student
+    plain = SECTIONS["student"](**with_scheme_defaults({})["student"])
+    differing = {k for k, v in plain if v != getattr(ours, k)}
     assert differing == {"max_steps", "batch_size", "eval_steps"}
 
 
