@@ -151,7 +151,8 @@ class SignalMSE:
             shaped = None if weight is None else weight.to(s.dtype).unsqueeze(-1)
             if self.relative is not None:
                 counted = mask if self.masked else None
-                inverse = _spread(t.detach().to(s.dtype), counted, self.relative).rsqrt()
+                wide = torch.promote_types(t.dtype, torch.float32)
+                inverse = _spread(t.detach().to(wide), counted, self.relative).rsqrt()
                 shaped = inverse if shaped is None else shaped * inverse
             total.append(squared_error(s, t, shaped) / (s.shape[-1] * divisor))
         return LossValue(torch.stack(total).sum(), self.count(items))

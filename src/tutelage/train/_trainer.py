@@ -188,7 +188,7 @@ class QATTrainer(TwoStepTrainer):
         """Runs forward and backward of one micro-batch under the stage of the global step.
 
         The gradients of a step are those of one batch that holds the samples of all its
-        micro-batches and processes, however unequal their lengths.
+        micro-batches and processes, however unequal their lengths; see ``TrainStep``.
 
         Args:
             model: The wrapped student.
