@@ -76,17 +76,12 @@ def _spread(signal: Tensor, mask: Tensor | None, relative: Relative) -> Tensor:
         relative: Of every channel, or their mean.
     """
     flat = signal.reshape(-1, signal.shape[-1])
-    if mask is None:
-        mean, square = flat.mean(0), flat.square().mean()
-        variance = (flat - mean).square().mean(0)
-    else:
-        real = mask.reshape(-1, 1).to(signal.dtype)
-        count = real.sum().clamp(min=1.0)
-        mean, square = (flat * real).sum(0) / count, (flat.square() * real).sum() / count
-        variance = ((flat - mean).square() * real).sum(0) / count
-        square = square / flat.shape[-1]
+    real = flat.new_ones(len(flat), 1) if mask is None else mask.reshape(-1, 1).to(flat.dtype)
+    count = real.sum().clamp(min=1.0)
+    mean, square = (flat * real).sum(0) / count, (flat.square() * real).sum() / count
+    variance = ((flat - mean).square() * real).sum(0) / count
     average = variance.mean(0, keepdim=True)
-    least = _FLOOR * average + _MEAN_FLOOR * square
+    least = _FLOOR * average + _MEAN_FLOOR * (square / flat.shape[-1])
     spread = variance if relative == "channel" else average
     return (spread + least).clamp(min=_LEAST)
 
@@ -147,10 +142,10 @@ class SignalMSE:
         masks = [m for site in self.requires for m in context.masks(site)]
         items, total = context.items, []
         for s, t, mask in zip(own, other, masks, strict=True):
-            weight, divisor = _weighing(items, mask if self.masked else None, s.shape[:-1])
+            counted = mask if self.masked else None
+            weight, divisor = _weighing(items, counted, s.shape[:-1])
             shaped = None if weight is None else weight.to(s.dtype).unsqueeze(-1)
             if self.relative is not None:
-                counted = mask if self.masked else None
                 wide = torch.promote_types(t.dtype, torch.float32)
                 inverse = _spread(t.detach().to(wide), counted, self.relative).rsqrt()
                 shaped = inverse if shaped is None else shaped * inverse

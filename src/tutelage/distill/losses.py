@@ -206,6 +206,10 @@ def _has_scores(sites: SiteMap) -> bool:
     return all(block.has("attention_scores") for block in sites.blocks)
 
 
+def _automatic(weights: Mapping[str, float], local: Local) -> Losses:
+    return replace(Losses.of(weights, local=local), automatic=True)
+
+
 def default(*, local: Local = "paper") -> Losses:
     """Logits, hidden states, attention output and attention scores over real tokens.
 
@@ -224,7 +228,7 @@ def default(*, local: Local = "paper") -> Losses:
         "attention_output": 3.0,
         "attention_scores": 10.0,
     }
-    return replace(Losses.of(weights, local=local), automatic=True)
+    return _automatic(weights, local)
 
 
 def relative(*, local: Local = "paper") -> Losses:
@@ -246,7 +250,7 @@ def relative(*, local: Local = "paper") -> Losses:
         "relative_context": 3.0,
         "relative_projection": 3.0,
     }
-    return replace(Losses.of(weights, local=local), automatic=True)
+    return _automatic(weights, local)
 
 
 def reference(*, local: Local = "code") -> Losses:

@@ -62,8 +62,8 @@ class QATArguments(TrainingArguments):
                 f"qat_optimizer is {self.qat_optimizer!r}; use 'adamw' or 'bert_adam'."
             )
         for name in ("ramp", "average"):
-            if not 0 <= getattr(self, name) <= 1:
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
                 raise RecipeError(f"{name} is {value!r}, a part of the training; use 0 to 1.")
         if not self.rate_cap >= 0:
             raise RecipeError(f"rate_cap is {self.rate_cap!r}; use a positive number, or 0.")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["with_scheme_defaults"]
+__all__ = ["USUAL_SCHEME", "with_scheme_defaults"]
+
+USUAL_SCHEME = "ternary-a8"
+"""The scheme of a recipe that names none."""
 
 _BINARY: dict[str, dict[str, Any]] = {
     "schedule": {"kind": "none"},
@@ -24,9 +27,7 @@ _TERNARY: dict[str, dict[str, Any]] = {
 }
 """Where they are ternary: what stands a learning rate that is three times off."""
 
-_DEFAULTS = {"binary-": _BINARY, "ternary-": _TERNARY}
-
-_USUAL_SCHEME = "ternary-a8"
+_DEFAULTS = {"binary": _BINARY, "ternary": _TERNARY}
 
 
 def with_scheme_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -36,11 +37,11 @@ def with_scheme_defaults(values: dict[str, Any]) -> dict[str, Any]:
         values: Sections of a recipe, as read.
     """
     student = {} if values.get("student") is None else values["student"]
-    scheme = student.get("scheme", _USUAL_SCHEME) if isinstance(student, dict) else None
-    kinds = [kind for kind in _DEFAULTS if isinstance(scheme, str) and scheme.startswith(kind)]
-    if not kinds:
+    scheme = student.get("scheme", USUAL_SCHEME) if isinstance(student, dict) else None
+    defaults = _DEFAULTS.get(scheme.partition("-")[0]) if isinstance(scheme, str) else None
+    if defaults is None:
         return values
-    filled, defaults = dict(values), _DEFAULTS[kinds[0]]
+    filled = dict(values)
     # A schedule of which anything is said is the user's own.
     if not filled.get("schedule") and defaults["schedule"]:
         filled["schedule"] = defaults["schedule"]

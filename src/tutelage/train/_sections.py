@@ -22,7 +22,7 @@ from ._fields import (
     ShareOrCount,
 )
 from ._fields import TaskName as TaskName
-from ._scheme_defaults import with_scheme_defaults
+from ._scheme_defaults import USUAL_SCHEME, with_scheme_defaults
 from .metrics import METRICS
 
 __all__ = [
@@ -243,7 +243,7 @@ class ScheduleSection(Section):
 class StudentSection(Section):
     """How the student is quantized and trained."""
 
-    scheme: str = Field(default="ternary-a8", description="name of a quantization scheme")
+    scheme: str = Field(default=USUAL_SCHEME, description="name of a quantization scheme")
     quantize_attention: Flag = Field(
         default=True, description="quantize the products inside attention, too"
     )
