@@ -18,6 +18,8 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -259,6 +261,43 @@ def _spare_the_collector() -> None:
     """Keeps what is imported out of the collections that accelerate asks for at every train()."""
     gc.collect()
     gc.freeze()
+
+
+def tiny_run(
+    folder: Path,
+    *,
+    eval_rows: int,
+    teacher_steps: int,
+    head: tuple[str, ...] | None = None,
+    **sections: Any,
+) -> dict[str, Any]:
+    """Writes model and data of a run into ``folder``; returns the values of its recipe."""
+    return {
+        "model": {"name_or_path": str(save_tiny(folder / "model", head=head))},
+        "data": {
+            "train": str(write_rows(folder / "train.tsv", rows=24)),
+            "eval": str(write_rows(folder / "dev.tsv", rows=eval_rows, seed=1)),
+            "max_length": 16,
+        },
+        "teacher": {"max_steps": teacher_steps, "learning_rate": 1e-3, "batch_size": 8},
+        "output": str(folder / "out"),
+        **sections,
+    }
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Makes a language model of two blocks, its head untied."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
 
 
 def trainer_for(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
-from helpers import save_tiny, write_rows
+from helpers import tiny_run
 from tutelage.train.recipe import recipe_from_dict
 from tutelage.train.run import run_recipe
 
@@ -77,17 +76,13 @@ def read(html: str) -> Read:
 
 def make_run(folder: Path, *overrides: str, head: tuple[str, ...] | None = None) -> Path:
     """Makes a run of a few steps in ``folder / "out"``."""
-    values: dict[str, Any] = {
-        "model": {"name_or_path": str(save_tiny(folder / "model", head=head))},
-        "data": {
-            "train": str(write_rows(folder / "train.tsv", rows=24)),
-            "eval": str(write_rows(folder / "dev.tsv", rows=70, seed=1)),
-            "max_length": 16,
-        },
-        "teacher": {"max_steps": 6, "learning_rate": 1e-3, "batch_size": 8},
-        "student": {"max_steps": 9, "batch_size": 8, "eval_steps": 4},
-        "schedule": {"steps": 6},
-        "output": str(folder / "out"),
-    }
+    values = tiny_run(
+        folder,
+        eval_rows=70,
+        teacher_steps=6,
+        head=head,
+        student={"max_steps": 9, "batch_size": 8, "eval_steps": 4},
+        schedule={"steps": 6},
+    )
     run_recipe(recipe_from_dict(values, overrides))
     return folder / "out"

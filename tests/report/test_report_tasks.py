@@ -14,12 +14,10 @@ from report_pages import read
 from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import tutelage
-from helpers import VOCAB, make_tokenizer, redraw, save_tiny, tiny_config, write_rows
+from helpers import make_tokenizer, redraw, save_tiny, tiny_config, tiny_llama, write_rows
 from tutelage.report import Wanted, write_report
 from tutelage.report._answers import answers_of, inputs_in_training
 from tutelage.report._pair import load_pair
@@ -93,21 +91,11 @@ def questions(folder: Path) -> dict[str, Any]:
 
 
 def text(folder: Path) -> dict[str, Any]:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
     draw = random.Random(0)
     for name in ("a.txt", "b.txt"):
         (folder / name).write_text(" ".join(f"w{draw.randrange(44)}" for _ in range(90)))
     data = {"task": "causal_lm", "train": str(folder / "a.txt"), "eval": str(folder / "b.txt")}
-    return {"model": save(LlamaForCausalLM(config), folder / "m"), "data": data}
+    return {"model": save(tiny_llama(), folder / "m"), "data": data}
 
 
 SAID = {

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import tutelage
 from families import make_any_student, make_inputs, make_model
-from helpers import make_batch, pair, save_tiny, write_rows
+from helpers import make_batch, pair, tiny_run
 from tutelage.cli import app
 from tutelage.distill import LiveTeacher
 from tutelage.errors import ArtefactError, StudyError
@@ -107,17 +107,9 @@ def test_there_must_be_a_batch() -> None:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    values = {
-        "model": {"name_or_path": str(save_tiny(folder / "model"))},
-        "data": {
-            "train": str(write_rows(folder / "train.tsv", rows=24)),
-            "eval": str(write_rows(folder / "dev.tsv", rows=70, seed=1)),
-            "max_length": 16,
-        },
-        "teacher": {"max_steps": 4, "learning_rate": 1e-3, "batch_size": 8},
-        "student": {"max_steps": 4, "batch_size": 8},
-        "output": str(folder / "out"),
-    }
+    values = tiny_run(
+        folder, eval_rows=70, teacher_steps=4, student={"max_steps": 4, "batch_size": 8}
+    )
     run_recipe(recipe_from_dict(values))
     return folder / "out"
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
 import tutelage
-from helpers import VOCAB, make_tokenizer, redraw, save_tiny
+from helpers import VOCAB, make_tokenizer, redraw, save_tiny, tiny_llama
 from tutelage.errors import DataError, RecipeError, UnsupportedModelError
 from tutelage.train._corpus import Corpus, read_corpora, read_corpus
 from tutelage.train.evaluation import evaluate_folder, predict_texts
@@ -37,17 +37,7 @@ def section(**values: Any) -> DataSection:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
+    model = tiny_llama()
     redraw(model)
     folder = tmp_path_factory.mktemp("m") / "llama"
     model.save_pretrained(folder)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from helpers import save_tiny, write_rows
+from helpers import tiny_run
 from tutelage.errors import ArtefactError
 from tutelage.intervention import Schedule
 from tutelage.train import _phases
@@ -123,17 +123,13 @@ def test_a_run_resumed_between_two_entries_has_the_log_of_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_phases, "log_every", lambda steps: 4)
-    values = {
-        "model": {"name_or_path": str(save_tiny(tmp_path / "model"))},
-        "data": {
-            "train": str(write_rows(tmp_path / "train.tsv", rows=24)),
-            "eval": str(write_rows(tmp_path / "dev.tsv", rows=9, seed=1)),
-            "max_length": 16,
-        },
-        "teacher": {"max_steps": 2, "learning_rate": 1e-3, "batch_size": 8},
-        "student": {"max_steps": 13, "batch_size": 8, "save_steps": 6},
-        "schedule": {"steps": 0},
-    }
+    values = tiny_run(
+        tmp_path,
+        eval_rows=9,
+        teacher_steps=2,
+        student={"max_steps": 13, "batch_size": 8, "save_steps": 6},
+        schedule={"steps": 0},
+    )
     whole, cut = (
         recipe_from_dict(values | {"output": str(tmp_path / name)}) for name in ("whole", "cut")
     )
@@ -162,18 +158,13 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_both_trainings(tmp_path: Path) -> None:
-    values = {
-        "model": {"name_or_path": str(save_tiny(tmp_path / "model"))},
-        "data": {
-            "train": str(write_rows(tmp_path / "train.tsv", rows=24)),
-            "eval": str(write_rows(tmp_path / "dev.tsv", rows=9, seed=1)),
-            "max_length": 16,
-        },
-        "teacher": {"max_steps": 3, "learning_rate": 1e-3, "batch_size": 8},
-        "student": {"max_steps": 7, "batch_size": 8, "eval_steps": 3},
-        "schedule": {"steps": 3},
-        "output": str(tmp_path / "out"),
-    }
+    values = tiny_run(
+        tmp_path,
+        eval_rows=9,
+        teacher_steps=3,
+        student={"max_steps": 7, "batch_size": 8, "eval_steps": 3},
+        schedule={"steps": 3},
+    )
     run_recipe(recipe_from_dict(values))
     teacher = read_training_log(tmp_path / "out" / "teacher")
     student = read_training_log(tmp_path / "out")
