@@ -38,6 +38,7 @@ LOSSES = {
 }
 # Samples of the two ranks, each in one or two micro-batches, all of unequal size.
 SHARES = {"one": [[(0, 2)], [(2, 8)]], "two": [[(0, 1), (1, 4)], [(4, 6), (6, 8)]]}
+AVERAGED: dict[str, Any] = {"schedule": Schedule.none(), "average": 0.75}
 
 
 def global_batch() -> dict[str, Tensor]:
@@ -194,6 +195,12 @@ def sharded_trainer(rank: int, processes: int) -> dict[str, Any]:
     torch.manual_seed(7 + rank)
     again = trainer_of("fsdp-again", processes, **settings)
     again.train(resume_from_checkpoint=str(ROOT / f"fsdp-whole-{processes}" / "checkpoint-4"))
+    # The checkpoint lies inside the steps that are averaged.
+    tail: dict[str, Any] = {**keep, **AVERAGED}
+    trainer_of("fsdp-mean", processes, **tail).train()
+    torch.manual_seed(9 + rank)
+    checkpoint = ROOT / f"fsdp-mean-{processes}" / "checkpoint-4"
+    trainer_of("fsdp-mean-again", processes, **tail).train(resume_from_checkpoint=str(checkpoint))
     half = trainer_of("fsdp-bf16", processes, fsdp=True, bf16=True)
     half.train()
     found["bf16"] = [entry for entry in half.state.log_history if "loss" in entry]
@@ -243,6 +250,11 @@ def training(rank: int, processes: int, **settings: Any) -> dict[str, Any]:
         "wrapper": wrapper,
         "eval": trainer.evaluate(rows(8, seed=5))["eval_loss"],
     }
+
+
+def averaged(rank: int, processes: int) -> dict[str, Any]:
+    """Weights of a training that ends at the mean of its last six."""
+    return training(rank, processes, **AVERAGED)
 
 
 def accumulated(rank: int, processes: int) -> dict[str, Any]:
@@ -313,6 +325,7 @@ CASES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[int, ...]]] = {
     "sharded_bf16": (sharded_bf16, (2,)),
     "training": (training, (1, 2)),
     "accumulated": (accumulated, (2,)),
+    "averaged": (averaged, (1, 2)),
     "bf16": (bf16, (2,)),
     "resumed": (resumed, (2,)),
     "broken": (broken, (2,)),

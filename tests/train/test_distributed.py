@@ -100,6 +100,12 @@ def test_two_processes_train_as_one(run: Path, case: str) -> None:
                 assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-9), key
 
 
+def test_two_processes_end_at_the_same_mean(run: Path) -> None:
+    alone, pair_of = _load(run, "averaged", 1)["weights"], _load(run, "averaged", 2)["weights"]
+    for name, value in alone.items():
+        torch.testing.assert_close(pair_of[name], value, atol=1e-5, rtol=1e-4)
+
+
 def test_two_processes_train_in_bf16(run: Path) -> None:
     alone, ranks = _load(run, "training", 1), [_load(run, "bf16", 2, rank) for rank in range(2)]
     assert differing(ranks[0]["weights"], ranks[1]["weights"]) == []
@@ -189,6 +195,18 @@ def test_a_sharded_training_resumes_to_the_same_bits(run: Path) -> None:
     assert differing(whole, again) == []
     files = {file.name for file in (run / "fsdp-whole-2" / "checkpoint-4").iterdir()}
     assert {"optimizer.pt", "optimizer-1.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
+
+
+def test_a_sharded_training_ends_at_the_mean_of_its_weights(run: Path) -> None:
+    mean, again = (
+        load_file(run / f"{name}-2" / "checkpoint-8" / "latent.safetensors")
+        for name in ("fsdp-mean", "fsdp-mean-again")
+    )
+    assert differing(mean, again) == []
+    alone = _load(run, "averaged", 1)["weights"]
+    for name, value in alone.items():
+        torch.testing.assert_close(mean[name], value, atol=1e-5, rtol=1e-4)
+    assert differing(alone, _load(run, "training", 1)["weights"])
 
 
 def test_a_sharded_training_in_bf16(run: Path) -> None:

@@ -8,6 +8,8 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from ._sharded import shard_of
+
 if TYPE_CHECKING:
     from ._two_steps import TwoStepTrainer
 
@@ -65,8 +67,9 @@ class TailAverage(TrainerCallback):
         ]
         for weight, values in trained:
             values.setdefault(_AVERAGE, weight.clone())
-        weights = [weight for weight, _ in trained]
-        means = [values[_AVERAGE] for _, values in trained]
+        # A sharded weight is averaged shard by shard.
+        weights = [shard_of(weight) for weight, _ in trained]
+        means = [shard_of(values[_AVERAGE]) for _, values in trained]
         torch._foreach_lerp_(means, weights, 1.0 / count)
         if done == state.max_steps:
             torch._foreach_copy_(weights, means)

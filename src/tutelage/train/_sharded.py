@@ -21,6 +21,7 @@ __all__ = [
     "load_optimizer",
     "non_finite",
     "save_optimizer",
+    "shard_of",
 ]
 
 
@@ -108,16 +109,25 @@ def load_full(student: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     set_model_state_dict(student, dict(tensors), options=options)
 
 
+def shard_of(value: Any) -> Any:
+    """Returns what this process holds of a sharded tensor, in the same memory; others as they are.
+
+    Args:
+        value: A tensor or anything else.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def non_finite(student: nn.Module) -> list[str]:
     """Returns the names of parameters with a NaN or infinite element, the same in all processes.
 
     Args:
         student: A student; if sharded, all processes must call it.
     """
-    from torch.distributed.tensor import DTensor
-
     named = dict(student.named_parameters())
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in named.values()]
+    local = [shard_of(parameter) for parameter in named.values()]
     broken = torch.stack([~torch.isfinite(tensor).all() for tensor in local]).int()
     if is_sharded(student):
         torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
@@ -136,11 +146,9 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, rank: int) ->
         folder: Where to.
         rank: This process.
     """
-    from torch.distributed.tensor import DTensor
-
     state = optimizer.state_dict()
     state["state"] = {
-        index: {k: v.to_local() if isinstance(v, DTensor) else v for k, v in values.items()}
+        index: {key: shard_of(value) for key, value in values.items()}
         for index, values in state["state"].items()
     }
     torch.save(state, _file(folder, rank))
