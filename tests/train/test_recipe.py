@@ -64,6 +64,21 @@ def test_defaults_of_binary_weights(scheme: str) -> None:
     assert (free.rate_cap, free.rate_by_magnitude) == (0.0, True)
 
 
+@pytest.mark.parametrize(
+    ("said", "average"),
+    [
+        (["student.scheme=binary-a8"], 0.2),
+        (["student.scheme=binary-a4", "student.max_steps=200"], 0.2),
+        (["student.scheme=binary-a8", "student.max_steps=199"], 0.0),
+        (["student.scheme=binary-a8", "student.average=0"], 0.0),
+        (["student.scheme=ternary-a8"], 0.0),
+        (["student.scheme=w2-a8"], 0.0),
+    ],
+)
+def test_binary_weights_are_averaged_where_there_is_time(said: list[str], average: float) -> None:
+    assert recipe_from_dict(MINIMAL, said).student.average == average
+
+
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
 def test_every_key_is_described_and_no_other_is_taken(section: type[BaseModel]) -> None:
     assert all(field.description for field in section.model_fields.values())

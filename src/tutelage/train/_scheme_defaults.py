@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["USUAL_SCHEME", "with_scheme_defaults"]
+__all__ = ["USUAL_SCHEME", "USUAL_STEPS", "with_scheme_defaults"]
 
 USUAL_SCHEME = "ternary-a8"
 """The scheme of a recipe that names none."""
+
+USUAL_STEPS = 300
+"""The training steps of a recipe that names none."""
 
 _BINARY: dict[str, dict[str, Any]] = {
     "schedule": {"kind": "none"},
@@ -20,6 +23,11 @@ _BINARY: dict[str, dict[str, Any]] = {
     },
 }
 """Where weights are binary: what ended nearest to the teacher (docs/results.md)."""
+
+_LONG = 200
+"""Steps from which on binary weights are averaged: of fewer, the last fifth is still on its way."""
+
+_BINARY_LONG: dict[str, Any] = {"average": 0.2}
 
 _TERNARY: dict[str, dict[str, Any]] = {
     "schedule": {},
@@ -49,5 +57,8 @@ def with_scheme_defaults(values: dict[str, Any]) -> dict[str, Any]:
     own = dict(defaults["student"])
     if said.get("rate_by_magnitude") is False:
         del own["rate_cap"]  # a part of what the rates are not in proportion to
+    steps = said.get("max_steps", USUAL_STEPS)
+    if defaults is _BINARY and isinstance(steps, int) and steps >= _LONG:
+        own |= _BINARY_LONG
     filled["student"] = {**student, **own, **said}
     return filled

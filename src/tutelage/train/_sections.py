@@ -22,7 +22,7 @@ from ._fields import (
     ShareOrCount,
 )
 from ._fields import TaskName as TaskName
-from ._scheme_defaults import USUAL_SCHEME, with_scheme_defaults
+from ._scheme_defaults import USUAL_SCHEME, USUAL_STEPS, with_scheme_defaults
 from .metrics import METRICS
 
 __all__ = [
@@ -271,7 +271,8 @@ class StudentSection(Section):
     )
     average: Fraction = Field(
         default=0.0,
-        description="part of the training at its end over which the weights are averaged",
+        description="part of the training at its end over which the weights are averaged; "
+        "default: 0, and 0.2 where weights are binary and steps 200 or more",
     )
     rate_by_magnitude: Flag = Field(
         default=False,
@@ -284,7 +285,7 @@ class StudentSection(Section):
     group_by_length: Flag = Field(
         default=False, description="batches of texts of about equal length, which pad little"
     )
-    max_steps: Positive = Field(default=300, description="training steps")
+    max_steps: Positive = Field(default=USUAL_STEPS, description="training steps")
     learning_rate: Rate | None = Field(
         default=None,
         description="peak learning rate; default: 4e-4 where weights are ternary, 1e-3 where they "
