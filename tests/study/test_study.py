@@ -101,6 +101,39 @@ def test_reads_yaml_and_overrides(tmp_path: Path, make: Callable[..., Study]) ->
         load_study(file)
 
 
+def test_an_override_names_a_part_of_the_tasks_and_methods(make: Callable[..., Study]) -> None:
+    own = {"base": "ti-g", "student": {"ramp": 0.5}}
+    tree = make(methods={"full-kd": None, "own": own, "ti-o": None}).model_dump()
+    tree["tasks"]["other"] = tree["tasks"]["toy"]
+    whole = study_from_dict(tree)
+    part = study_from_dict(tree, ["methods=[own, full-kd, ti-m]", "tasks=[other]"])
+    assert list(part.methods) == ["own", "full-kd", "ti-m"]
+    assert part.methods["own"] == own
+    assert part.method("ti-m") == METHODS["ti-m"]
+    assert part.tasks == {"other": whole.tasks["other"]}
+    assert {cell.key for cell in cells(part) if cell.method != "ti-m"} < {
+        cell.key for cell in cells(whole)
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("methods=[full-kd, onw]", "'methods' has no 'onw'; use some of .*Did you mean 'own'"),
+        ("tasks=[ptq]", "'tasks' has no 'ptq'; use some of toy"),
+        ("tasks=[[toy]]", "'tasks' has no"),
+        ("tasks=[]", "at least 1"),
+        ("tasks=toy", "tasks"),
+    ],
+)
+def test_an_override_that_names_what_is_not_there(
+    make: Callable[..., Study], override: str, message: str
+) -> None:
+    tree = make(methods={"full-kd": None, "own": {"base": "ti-g"}}).model_dump()
+    with pytest.raises(StudyError, match=message):
+        study_from_dict(tree, [override])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_a_part_of_a_recipe(make: Callable[..., Study], name: str) -> None:
     found = cells(make(methods=list(dict.fromkeys(["full-kd", name]))))
