@@ -224,8 +224,11 @@ def test_every_schedule_and_the_published_method_train(
     overrides += ["student.learning_rate=1e-4", "student.warmup_ratio=1.0"]
     if kind == "constant":
         overrides.append("schedule.stage=context")
-    result = run_recipe(make(*overrides, model=classifier))
+    said: list[str] = []
+    result = run_recipe(make(*overrides, model=classifier), report=said.append)
     assert result.scheme == "reference"
+    announced = next(line for line in said if line.startswith("training the student"))
+    assert ("without intervention" in announced) == (kind == "none")
 
 
 @pytest.mark.parametrize("phase", ["teacher", "student"])

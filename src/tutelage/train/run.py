@@ -92,9 +92,10 @@ def _run(
     if plan.augment is not None:
         with _clock(seconds, "augmentation"):
             plan = dataclasses.replace(plan, train=plan.augment(), augment=None)
+    steps = plan.schedule.steps
     report(
         f"training the student: {plan.scheme.name}, {plan.recipe.student.max_steps} steps, "
-        f"the teacher intervenes in the first {plan.schedule.steps}"
+        + (f"the teacher intervenes in the first {steps}" if steps else "without intervention")
     )
     with _clock(seconds, "student"):
         student = train_student(plan, teacher, report, progress, resume=resume)
