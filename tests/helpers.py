@@ -20,6 +20,7 @@ from transformers import (
     DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -298,6 +299,22 @@ def tiny_llama() -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config)
+
+
+def tiny_llama_classifier() -> LlamaForSequenceClassification:
+    """Makes a causal classifier in eval mode, two query heads to a key head."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_labels=3,
+        pad_token_id=PAD,
+        use_cache=False,
+    )
+    return LlamaForSequenceClassification(config).eval()
 
 
 def trainer_for(

@@ -17,9 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import tutelage
 from helpers import (
     FAMILIES,
-    PAD,
     PRESETS,
-    VOCAB,
     hooks_of,
     inputs_of,
     logits_of,
@@ -28,6 +26,7 @@ from helpers import (
     make_tokenizer,
     same_bits,
     tiny,
+    tiny_llama_classifier,
 )
 from tutelage.artefacts import pack_state_dict, weight_bytes, write_artefact
 from tutelage.artefacts._huggingface import FORMAT_VERSION
@@ -357,20 +356,7 @@ class TestStudent:
 
 @pytest.mark.parametrize("preset", ["ternary-a8", "w2-a8", "binary-a4"])
 def test_causal_classifier_with_grouped_heads(preset: str, tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_labels=3,
-        pad_token_id=PAD,
-        use_cache=False,
-    )
-    model = LlamaForSequenceClassification(config).eval()
+    model = tiny_llama_classifier()
     student = tutelage.prepare(model, tutelage.Scheme.preset(preset))
     tutelage.save(student, tmp_path / "out")
     loaded = tutelage.load(tmp_path / "out")

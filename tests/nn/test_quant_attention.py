@@ -24,6 +24,7 @@ from helpers import (
     make_student,
     same_bits,
     tiny,
+    tiny_llama_classifier,
 )
 from tutelage.errors import UnsupportedModelError
 from tutelage.nn import (
@@ -108,20 +109,7 @@ class TestWithoutQuantizer:
                 torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-6)
 
     def test_equals_eager_attention_of_a_causal_model_with_grouped_heads(self) -> None:
-        from transformers import LlamaConfig, LlamaForSequenceClassification
-
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_labels=3,
-            pad_token_id=PAD,
-            use_cache=False,
-        )
-        model = LlamaForSequenceClassification(config).eval()
+        model = tiny_llama_classifier()
         batch = make_batch(4, 8)
         model.set_attn_implementation("eager")
         want = model(**batch).logits

@@ -21,21 +21,21 @@ _BINARY: dict[str, dict[str, Any]] = {
         "rate_cap": 0.025,
         "learning_rate": 1e-3,
     },
+    "long": {"average": 0.2},
 }
 """Where weights are binary: what ended nearest to the teacher (docs/results.md)."""
-
-_LONG = 200
-"""Steps from which on binary weights are averaged: of fewer, the last fifth is still on its way."""
-
-_BINARY_LONG: dict[str, Any] = {"average": 0.2}
 
 _TERNARY: dict[str, dict[str, Any]] = {
     "schedule": {},
     "student": {"rate_by_magnitude": True, "rate_cap": 0.01, "learning_rate": 4e-4},
+    "long": {},
 }
 """Where they are ternary: what stands a learning rate that is three times off."""
 
 _DEFAULTS = {"binary": _BINARY, "ternary": _TERNARY}
+
+_LONG = 200
+"""Steps from which on ``long`` holds: of fewer, the last fifth is still on its way."""
 
 
 def with_scheme_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def with_scheme_defaults(values: dict[str, Any]) -> dict[str, Any]:
     if said.get("rate_by_magnitude") is False:
         del own["rate_cap"]  # a part of what the rates are not in proportion to
     steps = said.get("max_steps", USUAL_STEPS)
-    if defaults is _BINARY and isinstance(steps, int) and steps >= _LONG:
-        own |= _BINARY_LONG
+    if isinstance(steps, int) and steps >= _LONG:
+        own |= defaults["long"]
     filled["student"] = {**student, **own, **said}
     return filled
