@@ -22,6 +22,7 @@ from tutelage.study import _run as module
 from tutelage.study._grid import cells, evaluation_steps
 from tutelage.study._load import study_from_dict
 from tutelage.study._records import Point, Record, Records
+from tutelage.study._summary import summarize
 from tutelage.study._write import rows
 from tutelage.train.run import run_recipe
 
@@ -276,6 +277,27 @@ def record(key: str, **changes: Any) -> Record:
     point = Point(6, 0.5, 0.25, 0.75)
     given = Record(key, "t", "s", "m", 6, 1e-3, 0, "accuracy", 0.9, (point,), 1.5)
     return replace(given, **changes)
+
+
+def test_rates_are_compared_over_the_seeds_that_all_of_them_have(
+    make: Callable[..., Study],
+) -> None:
+    """The lucky second seed of one rate, 0.1, does not make it the best: 0.25 < 0.3 on seed 0."""
+    study = make(methods=["full-kd"], learning_rates=[1e-3, 3e-3], seeds=[0, 1])
+    kls = {(1e-3, 0): 0.3, (1e-3, 1): 0.1, (3e-3, 0): 0.25}
+    records = Records(Path(study.output))
+    for cell in cells(study):
+        kl = kls.get((float(cell.learning_rate or 0), cell.seed))
+        if kl is not None:
+            given = {f: getattr(cell, f) for f in ("task", "scheme", "steps", "method", "seed")}
+            points = (Point(6, 0.5, kl, 0.75),)
+            rate = cell.learning_rate
+            done = record(cell.key, points=points, learning_rate=rate, **given)
+            records.add(done, np.full(4, kl, np.float32))
+    (only,) = summarize(study, cells(study), records).comparisons
+    assert only.best.learning_rate == 3e-3
+    assert only.best.seeds == (0,)
+    assert only.area == pytest.approx((0.3 + 0.25) / 2)
 
 
 class TestRecords:

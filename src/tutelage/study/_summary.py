@@ -59,7 +59,7 @@ class Comparison:
     """A method at its best learning rate beside the baseline at its own.
 
     Attributes:
-        best: The method where its mean KL is lowest.
+        best: The method where its mean KL is lowest, over the seeds that all its rates have.
         at_edge: Whether that is an end of the grid of learning rates: its best may lie beyond.
         change: Relative change of the KL against the baseline, paired over seeds and examples.
         steps_to_target: Steps until the mean KL is that of the baseline at its end; ``None`` where
@@ -212,16 +212,15 @@ def _comparisons(
     for place in variants:
         by_method[place[:4]][place[4]] = place
     for (task, scheme, steps, _), rates in by_method.items():
-        best = _best(rates, variants)
-        if best is None:
+        by_rate = _by_rate(rates, groups, records)
+        if not by_rate:
             continue
-        other = _best(by_method.get((task, scheme, steps, study.baseline), {}), variants)
+        best = rates[min(by_rate, key=by_rate.__getitem__)]
+        baseline = by_method.get((task, scheme, steps, study.baseline), {})
+        theirs = _by_rate(baseline, groups, records)
+        other = baseline[min(theirs, key=theirs.__getitem__)] if theirs else None
         known = [r for r in rates if r is not None]
-        figures = {
-            r: float(variants[place].kl or 0.0)
-            for r, place in rates.items()
-            if r is not None and variants[place].kl is not None and not variants[place].failed
-        }
+        figures = {r: kl for r, kl in by_rate.items() if r is not None}
         rate = best[4]
         complete = len(figures) == len(known)
         target = None if other is None else variants[other].kl
@@ -235,11 +234,26 @@ def _comparisons(
         )
 
 
-def _best(
-    rates: dict[float | None, tuple[Any, ...]], variants: dict[tuple[Any, ...], Variant]
-) -> tuple[Any, ...] | None:
-    usable = [p for p in rates.values() if variants[p].kl is not None and not variants[p].failed]
-    return min(usable, key=lambda place: float(variants[place].kl or 0.0), default=None)
+def _by_rate(
+    rates: dict[float | None, tuple[Any, ...]],
+    groups: dict[tuple[Any, ...], list[Cell]],
+    records: Records,
+) -> dict[float | None, float]:
+    """Returns the mean KL at every rate where no run failed, over the seeds that all of them have.
+
+    A rate with more seeds than another must not win or lose by them. Where no seed is common, each
+    rate counts with its own.
+    """
+    found: dict[float | None, dict[int, float]] = {}
+    for rate, place in rates.items():
+        runs = {cell.seed: records[cell.key] for cell in groups[place]}
+        if all(run.failed is None and run.points[-1].kl is not None for run in runs.values()):
+            found[rate] = {seed: float(run.points[-1].kl or 0.0) for seed, run in runs.items()}
+    shared = set.intersection(*map(set, found.values())) if found else set()
+    return {
+        rate: statistics.fmean(kl for seed, kl in by_seed.items() if not shared or seed in shared)
+        for rate, by_seed in found.items()
+    }
 
 
 def _change(
