@@ -19,7 +19,7 @@ from tutelage.cli import app
 from tutelage.errors import RecipeError, SchemeError, StudyError, TutelageError
 from tutelage.study import METHODS, Study, count_runs, load_study, run_study, summary_of
 from tutelage.study import _run as module
-from tutelage.study._grid import cells, evaluation_steps
+from tutelage.study._grid import Cell, cells, evaluation_steps
 from tutelage.study._load import study_from_dict
 from tutelage.study._records import Point, Record, Records
 from tutelage.study._summary import summarize
@@ -279,6 +279,12 @@ def record(key: str, **changes: Any) -> Record:
     return replace(given, **changes)
 
 
+def of_cell(cell: Cell, points: tuple[Point, ...]) -> Record:
+    names = ("key", "task", "scheme", "steps", "method", "learning_rate", "seed")
+    given = {name: getattr(cell, name) for name in names}
+    return record(points=points, **given)
+
+
 def test_rates_are_compared_over_the_seeds_that_all_of_them_have(
     make: Callable[..., Study],
 ) -> None:
@@ -289,15 +295,23 @@ def test_rates_are_compared_over_the_seeds_that_all_of_them_have(
     for cell in cells(study):
         kl = kls.get((float(cell.learning_rate or 0), cell.seed))
         if kl is not None:
-            given = {f: getattr(cell, f) for f in ("task", "scheme", "steps", "method", "seed")}
-            points = (Point(6, 0.5, kl, 0.75),)
-            rate = cell.learning_rate
-            done = record(cell.key, points=points, learning_rate=rate, **given)
-            records.add(done, np.full(4, kl, np.float32))
+            records.add(of_cell(cell, (Point(6, 0.5, kl, 0.75),)), np.full(4, kl, np.float32))
     (only,) = summarize(study, cells(study), records).comparisons
     assert only.best.learning_rate == 3e-3
     assert only.best.seeds == (0,)
     assert only.area == pytest.approx((0.3 + 0.25) / 2)
+
+
+def test_the_baseline_reaches_its_own_target_at_its_end(make: Callable[..., Study]) -> None:
+    """Of these figures numpy's mean is a last bit above that of the standard library."""
+    kls = 0.1, 0.2, 0.3
+    study = make(methods=["full-kd"], seeds=[0, 1, 2])
+    records = Records(Path(study.output))
+    for cell, kl in zip(cells(study), kls, strict=True):
+        points = (Point(3, 0.5, 2.0, 0.5), Point(6, 0.5, kl, 0.75))
+        records.add(of_cell(cell, points), np.full(4, kl, np.float32))
+    (only,) = summarize(study, cells(study), records).comparisons
+    assert only.steps_to_target == 6
 
 
 class TestRecords:

@@ -223,7 +223,8 @@ def _comparisons(
         figures = {r: kl for r, kl in by_rate.items() if r is not None}
         rate = best[4]
         complete = len(figures) == len(known)
-        target = None if other is None else variants[other].kl
+        # The curve's own end: a mean summed in another order may miss it by a last bit.
+        target = None if other is None else variants[other].curve[-1][1]
         yield Comparison(
             best=variants[best],
             at_edge=len(known) > 1 and rate in (min(known), max(known)),
