@@ -198,8 +198,9 @@ def _spread(values: Iterable[float | None]) -> tuple[float | None, float]:
 def _curve(records: Sequence[Record]) -> tuple[tuple[int, float], ...]:
     steps = [point.step for point in records[0].points]
     figures = [[float(point.kl or 0.0) for point in record.points] for record in records]
-    means = np.mean(figures, axis=0)
-    return tuple(zip(steps, map(float, means), strict=True))
+    # As in _spread, so that a curve ends at the variant's KL to the last bit.
+    means = map(statistics.fmean, zip(*figures, strict=True))
+    return tuple(zip(steps, means, strict=True))
 
 
 def _comparisons(
@@ -211,27 +212,26 @@ def _comparisons(
     by_method: dict[tuple[Any, ...], dict[float | None, tuple[Any, ...]]] = defaultdict(dict)
     for place in variants:
         by_method[place[:4]][place[4]] = place
-    for (task, scheme, steps, _), rates in by_method.items():
-        by_rate = _by_rate(rates, groups, records)
-        if not by_rate:
-            continue
-        best = rates[min(by_rate, key=by_rate.__getitem__)]
-        baseline = by_method.get((task, scheme, steps, study.baseline), {})
-        theirs = _by_rate(baseline, groups, records)
-        other = baseline[min(theirs, key=theirs.__getitem__)] if theirs else None
-        known = [r for r in rates if r is not None]
-        figures = {r: kl for r, kl in by_rate.items() if r is not None}
-        rate = best[4]
-        complete = len(figures) == len(known)
-        # The curve's own end: a mean summed in another order may miss it by a last bit.
-        target = None if other is None else variants[other].curve[-1][1]
+    figures = {method: _by_rate(rates, groups, records) for method, rates in by_method.items()}
+    best = {
+        method: by_method[method][min(found, key=found.__getitem__)]
+        for method, found in figures.items()
+        if found
+    }
+    for method, place in best.items():
+        other = best.get((*method[:3], study.baseline))
+        rate = place[4]
+        known = [r for r in by_method[method] if r is not None]
+        by_rate = {r: kl for r, kl in figures[method].items() if r is not None}
+        complete = len(by_rate) == len(known)
+        target = None if other is None else variants[other].kl
         yield Comparison(
-            best=variants[best],
+            best=variants[place],
             at_edge=len(known) > 1 and rate in (min(known), max(known)),
-            change=_change(best, other, groups, records),
-            steps_to_target=None if target is None else steps_to(variants[best].curve, target),
-            area=area_over_rates(figures) if complete else None,
-            off_by_three=worst_within(figures, rate) if complete and rate in figures else None,
+            change=_change(place, other, groups, records),
+            steps_to_target=None if target is None else steps_to(variants[place].curve, target),
+            area=area_over_rates(by_rate) if complete else None,
+            off_by_three=worst_within(by_rate, rate) if complete and rate in by_rate else None,
         )
 
 
