@@ -41,8 +41,19 @@ def test_defaults() -> None:
     assert (recipe.student.learning_rate, recipe.student.rate_cap) == (4e-4, 0.01)
     assert (recipe.student.ramp, recipe.student.rate_by_magnitude) == (0.0, True)
     assert recipe.threads is None
-    other = recipe_from_dict(MINIMAL, ["student.scheme=w2-a8"]).student
+    other = recipe_from_dict(MINIMAL, ["student.scheme=reference"]).student
     assert (other.learning_rate, other.rate_cap, other.rate_by_magnitude) == (None, 0.0, False)
+
+
+def test_defaults_of_two_bits() -> None:
+    own = ["student.scheme=w2-a8"]
+    recipe = recipe_from_dict(MINIMAL, own)
+    assert (recipe.schedule.kind, recipe.schedule_steps) == ("none", 0)
+    student = recipe.student
+    assert (student.learning_rate, student.rate_cap) == (3e-4, 0.01)
+    assert (student.ramp, student.rate_by_magnitude, student.losses) == (0.0, True, "default")
+    assert recipe_from_dict(recipe.model_dump()) == recipe
+    assert recipe_from_dict(MINIMAL, [*own, "schedule.steps=7"]).schedule.kind == "gradual"
 
 
 @pytest.mark.parametrize("scheme", ["binary-a8", "binary-a4"])

@@ -32,7 +32,14 @@ _TERNARY: dict[str, dict[str, Any]] = {
 }
 """Where they are ternary: what stands a learning rate that is three times off."""
 
-_DEFAULTS = {"binary": _BINARY, "ternary": _TERNARY}
+_TWO_BITS: dict[str, dict[str, Any]] = {
+    "schedule": {"kind": "none"},
+    "student": {"rate_by_magnitude": True, "rate_cap": 0.01, "learning_rate": 3e-4},
+    "long": {},
+}
+"""Where they have two bits: intervention costs more than it saves (docs/results.md)."""
+
+_DEFAULTS = {"binary": _BINARY, "ternary": _TERNARY, "w2": _TWO_BITS}
 
 _LONG = 200
 """Steps from which on ``long`` holds: of fewer, the last fifth is still on its way."""

@@ -222,7 +222,7 @@ class ScheduleSection(Section):
     kind: Literal["gradual", "constant", "inverted", "stochastic", "none"] = Field(
         default="gradual",
         description="order of the intervention stages; default: gradual, and none where weights "
-        "are binary",
+        "have one or two bits",
     )
     steps: Natural | None = Field(
         default=None, description="steps with intervention; default: min(60, max_steps // 3)"
@@ -267,7 +267,7 @@ class StudentSection(Section):
         default=0.0,
         description="largest learning rate of a quantized weight, as a part of its mean magnitude; "
         "a higher one is lowered, with a warning; 0: no limit; default: 0.01 where weights are "
-        "ternary, 0.025 where they are binary, else 0",
+        "ternary or have two bits, 0.025 where they are binary, else 0",
     )
     average: Fraction = Field(
         default=0.0,
@@ -277,7 +277,7 @@ class StudentSection(Section):
     rate_by_magnitude: Flag = Field(
         default=False,
         description="learning rate of a quantized weight in proportion to its mean magnitude; "
-        "default: where weights are ternary or binary",
+        "default: where weights are binary, ternary or have two bits",
     )
     learned_scales: Flag = Field(
         default=False, description="train a factor of every weight scale with the weights"
